@@ -1,0 +1,49 @@
+"""A bare `gunicorn service:app` is the production set-up."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from dotenv import load_dotenv
+
+load_dotenv(Path(__file__).with_name(".env"))
+
+worker_class = "gthread"
+workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count())
+# More threads than places (see service.py): the others answer 503 while those work. A
+# thread has no connection of its own; places have, at most 90 of them over all workers.
+threads = 32
+preload_app = True                 # a wrong setting stops the start; memory is shared
+timeout = 30
+graceful_timeout = 8               # SIGTERM: exit within 10 seconds
+keepalive = 5
+control_socket_disable = True
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+# One line a request, in the logfmt of the rest. No path, query or header of the caller's:
+# service.py says which route it was and how it ended.
+accesslog = "-"
+access_log_format = ("event=request client=%(h)s method=%(m)s route=%({route}e)s "
+                     "status=%(s)s outcome=%({outcome}e)s ms=%(M)s")
+logging.Formatter.converter = time.gmtime
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "logfmt": {"format": "time=%(asctime)s level=%(levelname)s %(message)s",
+                   "datefmt": "%Y-%m-%dT%H:%M:%SZ"},
+        "gunicorn": {"format": 'time=%(asctime)s level=%(levelname)s event=gunicorn '
+                               'message="%(message)s"',
+                     "datefmt": "%Y-%m-%dT%H:%M:%SZ"}},
+    "handlers": {
+        "logfmt": {"class": "logging.StreamHandler", "formatter": "logfmt",
+                   "stream": sys.stdout},
+        "gunicorn": {"class": "logging.StreamHandler", "formatter": "gunicorn",
+                     "stream": sys.stdout}},
+    "root": {"level": os.environ.get("LOG_LEVEL") or "INFO", "handlers": ["logfmt"]},
+    "loggers": {
+        "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False},
+        "gunicorn.access": {"handlers": ["logfmt"], "propagate": False}},
+}

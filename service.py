@@ -1,0 +1,566 @@
+"""Registration by e-mail: an account is active once its owner has sent back a code.
+
+    caller -- POST /users/register ---> service.py --> PostgreSQL: a waiting account
+                                            +-------> RabbitMQ --> consumer.py --> mail
+    caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
+
+Run:    gunicorn service:app        production as it stands, see gunicorn.conf.py
+Read:   settings, topology, the endpoints, the one error handler, then each step in the
+        order in which the endpoints take it; after that consumer.py
+
+Words:  waiting   registered, the code not yet sent back
+        pair      the password and the code of one registration: they live and die together
+        place     a seat in the short queue for the cores, with two connections of its own
+        job       the message that asks the consumer for one mail
+"""
+
+import base64
+import fcntl
+import hmac
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import secrets
+import select
+import tempfile
+import threading
+import time
+import unicodedata
+from contextlib import contextmanager
+
+import argon2
+import psycopg2
+from amqp.exceptions import AMQPError, MessageNacked
+from dotenv import load_dotenv
+from email_validator import validate_email
+from flask import Flask, abort, g, request, send_file
+from flask_swagger_ui import get_swaggerui_blueprint
+from kombu import Connection, Producer, Queue
+from kombu.exceptions import KombuError
+from psycopg2.extras import NamedTupleCursor
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+from zxcvbn.frequency_lists import FREQUENCY_LISTS
+
+# -- Settings: the environment, else .env ----------------------------------------------
+
+
+def setting(name, default=None):
+    """An environment variable, of its default's type; without one it is required."""
+    text = os.environ.get(name) or default
+    if text is None:
+        raise SystemExit(f"{name} is not set; .env.example explains it")
+    try:
+        return type(default or "")(text)
+    except ValueError:
+        raise SystemExit(f"{name} must be a whole number, not {text!r}") from None
+
+
+load_dotenv()
+DATABASE_URL = setting("DATABASE_URL")
+BROKER_URL = setting("BROKER_URL")
+SECRET_KEY = setting("SECRET_KEY")
+CODE_LIFETIME = setting("CODE_LIFETIME", 60)               # seconds
+CODE_ATTEMPTS = setting("CODE_ATTEMPTS", 3)                # wrong codes until it is dead
+EMAIL_LIMIT_HOUR = setting("EMAIL_LIMIT_HOUR", 5)          # registrations per address
+EMAIL_LIMIT_DAY = setting("EMAIL_LIMIT_DAY", 20)
+ACTIVATE_LIMIT_HOUR = setting("ACTIVATE_LIMIT_HOUR", 100)  # NIST SP 800-63B, 5.2.2
+IP_LIMIT = setting("IP_LIMIT", 60)                         # per endpoint and 10 minutes
+TRUSTED_PROXIES = setting("TRUSTED_PROXIES", 0)            # 0 ignores X-Forwarded-For
+WEB_CONCURRENCY = setting("WEB_CONCURRENCY", os.cpu_count())
+
+if len(SECRET_KEY) < 32:
+    raise SystemExit("SECRET_KEY must have at least 32 characters")
+
+PATIENCE = 3               # seconds that a request waits for servers, all waits together
+BROKER_TIMEOUT = 1         # seconds for each answer of the broker
+NOTICE_LIFETIME = 3600     # seconds in which a notice or confirmation is worth mailing
+CORES = os.cpu_count()     # hashes at once on this machine
+PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))   # per worker: PostgreSQL takes 100
+log = logging.getLogger("service")
+
+# -- Topology: the same lines stand in consumer.py -------------------------------------
+
+DEAD_QUEUE = Queue("mail.dead", queue_arguments={
+    "x-queue-type": "quorum",                 # on disk, on several nodes if there are any
+    "x-message-ttl": 7 * 24 * 3600 * 1000,    # milliseconds: a week to look at them
+    "x-max-length": 10_000,                   # then the oldest go
+})
+MAIL_QUEUE = Queue("mail", queue_arguments={
+    "x-queue-type": "quorum",
+    "x-max-length": 100_000, "x-overflow": "reject-publish",   # full: nack, so 503
+    "x-delivery-limit": 1_000_000,            # a job ends by its deadline instead
+    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name,
+})
+
+# -- The app and its endpoints ---------------------------------------------------------
+
+app = Flask(__name__)
+app.config["MAX_CONTENT_LENGTH"] = 4096
+app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
+app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
+
+
+@app.post("/users/register")
+def register():
+    """Register an address, or register it anew, and have a code mailed to it.
+
+        {"email": "ann@example.com", "password": "correct horse"}
+
+    202  the same for every address; the owner of an active account gets a notice
+    400  not JSON      413  over 4 KiB      415  not application/json
+    422  a field is missing or not acceptable: see errors
+    429  too often, this address or this client
+    503  cannot be taken now; nothing was kept
+    """
+    fields = read_fields(email=canonical_email, password=new_password)
+    email, password = fields["email"], fields["password"]
+    if password.lower() in (email, email.partition("@")[0]):
+        abort(422, [{"field": "password", "detail": "must not be the address"}])
+    with place_in_queue() as place:
+        count_request(place, ("register client", client(), IP_LIMIT, 600),
+                      ("register address hour", email, EMAIL_LIMIT_HOUR, 3600),
+                      ("register address day", email, EMAIL_LIMIT_DAY, 86400))
+        password_hash = hash_password(password)
+        code = f"{secrets.randbelow(10_000):04}"
+        with transaction(place) as db:
+            waiting = upsert_waiting(db, email, password_hash, digest(email, code))
+            if waiting:
+                publish(place, "code", email, waiting.expires_at, code=code,
+                        issued_at=waiting.issued_at)
+            else:
+                publish(place, "notice", email, time.time() + NOTICE_LIFETIME)
+    return {"message": "A mail is on its way to this address."}, 202
+
+
+@app.patch("/users/activate")
+def activate():
+    """Activate the account of the HTTP Basic credentials with the code that was mailed.
+
+        {"code": "0427"}
+
+    200  the account is active; a confirmation is mailed
+    400  not JSON      413  over 4 KiB      415  not application/json
+    401  no, malformed or wrong credentials, or no such account
+    409  the credentials are right and the account is active already
+    422  not four digits: see errors; or the code is wrong, expired, superseded, used up
+    429  too often, this address or this client
+    503  cannot be taken now; nothing was kept
+    """
+    email, password = read_credentials()
+    code = read_fields(code=four_digits)["code"]
+    with place_in_queue() as place:
+        count_request(place, ("activate client", client(), IP_LIMIT, 600),
+                      ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
+        account = select_account(place, email)
+        if not password_matches(account, password):
+            abort(401, "The address or the password is wrong.")
+        if account.activated_at:
+            abort(409, "The account is active already.")
+        with transaction(place) as db:
+            activated = spend_attempt(db, account, digest(email, code))
+            if activated:
+                publish(place, "confirmation", email, time.time() + NOTICE_LIFETIME)
+        # Outside of the transaction: raising in it would roll back the attempt that was
+        # just counted, and then somebody could try all 10,000 codes.
+        if not activated:
+            abort(422, "The code is wrong, expired, superseded or used up.")
+    return {"message": "The account is active."}
+
+
+@app.get("/healthz")
+def healthz():
+    """200 when database and broker answer within a second, else 503 naming which not."""
+    down = []
+    with health_lock:
+        for server, ask in (
+                ("database", lambda: fetch_one(health.db(), "SELECT 1")),
+                ("broker", lambda: MAIL_QUEUE.declare(channel=health.channel()))):
+            g.deadline = time.monotonic() + 1
+            try:
+                ask()
+            except OUTAGES as error:
+                health.drop(error)
+                down.append(server)
+    if down:
+        abort(503, f"No answer from: {', '.join(down)}.", retry_after=2)
+    return {"database": "ok", "broker": "ok"}
+
+
+@app.get("/openapi.yaml")
+def openapi():
+    """The HTTP contract, which /docs/ shows."""
+    return send_file("openapi.yaml", mimetype="application/yaml")
+
+
+# -- Every error leaves here, as problem details (RFC 9457) ----------------------------
+
+PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
+            405: "method-not-allowed", 409: "already-active", 413: "too-large",
+            415: "not-json", 422: "refused-code", 429: "limit-reached",
+            500: "internal-error", 503: "unavailable"}
+
+
+@app.errorhandler(HTTPException)
+def problem(error):
+    """The HTTPException as problem+json; a list for its description is a 422's errors."""
+    response = error.get_response()   # it has Allow and Retry-After
+    kind, more = PROBLEMS.get(error.code, "other"), {"detail": error.description}
+    if isinstance(error.description, list):
+        kind, more = "invalid-fields", {
+            "detail": "Some fields are not acceptable.", "errors": error.description}
+    response.data = json.dumps({"type": f"urn:problem-type:registration:{kind}",
+                                "title": error.name, "status": error.code} | more)
+    response.content_type = "application/problem+json"
+    if error.code == 401:
+        response.headers["WWW-Authenticate"] = 'Basic realm="users", charset="UTF-8"'
+    request.environ["outcome"] = kind
+    return response
+
+
+@app.before_request
+def start_clock():
+    """From here on, every wait of this request for a server ends by g.deadline."""
+    g.deadline = time.monotonic() + PATIENCE
+
+
+@app.after_request
+def finish(response):
+    """Keep the two endpoints' answers out of caches; name the route for the access log."""
+    if request.path.startswith("/users/"):
+        response.headers["Cache-Control"] = "no-store"
+    request.environ["route"] = request.url_rule and request.url_rule.rule
+    return response
+
+
+# -- Reading the request ---------------------------------------------------------------
+
+COMMON_PASSWORDS = {word for word in FREQUENCY_LISTS["passwords"] if len(word) >= 8}
+
+
+def read_fields(**checks):
+    """The named fields of the JSON body, or 415, 413, 400 or 422.
+
+    A check takes the text and returns its canonical form, or raises ValueError. Fields
+    that nobody asked for are ignored, and a body that is no object has none.
+    """
+    if request.mimetype != "application/json":
+        abort(415, "The body must be application/json.")
+    try:   # int() refuses NaN and Infinity, which are not JSON but which json takes
+        body = json.loads(request.get_data().decode(), parse_constant=int,
+                          object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        abort(400, f"The body is not JSON: {error}")
+    values, errors = {}, []
+    for field, check in checks.items():
+        try:
+            text = body.get(field) if isinstance(body, dict) else None
+            if not isinstance(text, str):
+                raise ValueError("is missing" if text is None else "must be a string")
+            values[field] = check(text)
+        except ValueError as error:
+            errors.append({"field": field, "detail": str(error)})
+    if errors:
+        abort(422, errors)
+    return values
+
+
+def unique_keys(pairs):
+    """A JSON object; which of two equal keys counts is open in RFC 8259: neither."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def canonical_email(text):
+    """The one form in which an address is stored: ASCII, lower case, IDNA for the domain.
+
+    At most 254 characters (RFC 5321). No look-up in the DNS: the mail is the proof.
+    """
+    return validate_email(text, check_deliverability=False,
+                          allow_smtputf8=False).ascii_email.lower()
+
+
+def canonical_password(text):
+    """NFC (RFC 8265), 8 to 128 code points, and none that HTTP Basic forbids (RFC 7617)."""
+    text = unicodedata.normalize("NFC", text)
+    if not 8 <= len(text) <= 128:
+        raise ValueError("must have 8 to 128 characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise ValueError("must not contain control characters or lone surrogates")
+    return text
+
+
+def new_password(text):
+    """No rules of composition, but none of the common ones (NIST SP 800-63B, 5.1.1.2)."""
+    if text.lower() in COMMON_PASSWORDS:
+        raise ValueError("is among the most common passwords")
+    return canonical_password(text)
+
+
+def four_digits(text):
+    """A code. isdigit() alone would take the digits of every script."""
+    if not (len(text) == 4 and text.isascii() and text.isdigit()):
+        raise ValueError("must be four digits")
+    return text
+
+
+def read_credentials():
+    """Address and password from HTTP Basic (RFC 7617), or the 401 of wrong ones."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    try:
+        if scheme.lower() != "basic":
+            raise ValueError("another scheme")
+        user, _, password = base64.b64decode(
+            token.strip(), validate=True).decode().partition(":")
+        return canonical_email(user), canonical_password(password)
+    except ValueError:
+        abort(401, "The address or the password is wrong.")
+
+
+def client():
+    """Whom IP_LIMIT counts: an IPv4 address, or the /64 that one IPv6 client owns."""
+    try:
+        address = ipaddress.ip_address(request.remote_addr)
+    except ValueError:
+        return "unknown"              # a proxy that does not tell: together they are one
+    address = getattr(address, "ipv4_mapped", None) or address
+    prefix = 64 if address.version == 6 else 32
+    return str(ipaddress.ip_network((address.packed, prefix), strict=False))
+
+
+# -- Places: overload and outages become a 503 here ------------------------------------
+
+
+class Place:
+    """A connection to each server, for one request at a time.
+
+    They open when first used, so after gunicorn's fork, and anew where one died idle:
+    nothing comes unasked on either, so what makes it readable is its end. After an error
+    nothing is tried again: a COMMIT or publish without an answer may have happened.
+    """
+
+    def __init__(self):
+        self.session = None
+        self.broker = Connection(BROKER_URL, connect_timeout=BROKER_TIMEOUT, transport_options={
+            "confirm_publish": True, "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
+
+    def db(self):
+        """The psycopg2 connection; autocommit, so a lone statement is one round trip."""
+        if self.session is None or ready(self.session, select.POLLIN, 0):
+            self.session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
+            self.session.autocommit = True
+        return self.session
+
+    def channel(self):
+        """The AMQP channel, in confirm mode; every host of BROKER_URL is tried once."""
+        if self.broker.connected and ready(self.broker.connection.sock, select.POLLIN, 0):
+            self.broker.collect()
+        self.broker.ensure_connection(max_retries=BROKER_URL.count(";"), interval_start=0,
+                                      interval_step=0)
+        return self.broker.default_channel
+
+    def drop(self, error):
+        """Forget both connections; collect(), because close() would wait for the broker."""
+        self.session = None
+        self.broker.collect()
+        reason = str(error).partition("\n")[0]   # PostgreSQL's further lines quote rows
+        log.warning("event=outage error=%s reason=%s", type(error).__name__, json.dumps(reason))
+
+
+OUTAGES = psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError
+health, health_lock = Place(), threading.Lock()
+places = queue.LifoQueue()
+for _ in range(PLACES):
+    places.put(Place())
+
+
+@contextmanager
+def place_in_queue():
+    """A place, or 503 at once where none is free; an outage in the block is 503, too."""
+    try:
+        place = places.get_nowait()
+    except queue.Empty:
+        abort(503, "Too many requests are under way.", retry_after=1)
+    try:
+        yield place
+    except OUTAGES as error:
+        place.drop(error)
+        abort(503, "A server that this needs does not answer.", retry_after=2)
+    finally:
+        places.put(place)
+
+
+def ready(file, events, seconds):
+    """Whether a socket is readable or writable in time; poll() knows no highest number."""
+    poll = select.poll()
+    poll.register(file, events)
+    return poll.poll(max(0, seconds) * 1000)
+
+
+def wait_for_database(session):
+    """psycopg2's wait callback: ends the wait for a server that stalls, its TCP alive."""
+    while (state := session.poll()) != psycopg2.extensions.POLL_OK:
+        events = select.POLLIN if state == psycopg2.extensions.POLL_READ else select.POLLOUT
+        if not ready(session, events, g.deadline - time.monotonic()):
+            raise psycopg2.OperationalError("no answer in time")
+
+
+psycopg2.extensions.set_wait_callback(wait_for_database)
+
+# -- Limits and hashing ----------------------------------------------------------------
+
+
+def count_request(place, *limits):
+    """Count a request against each (name, subject, allowed, seconds), or 429.
+
+    One statement, committed at once: it counts whatever becomes of the request.
+    """
+    names, subjects, allowed, seconds = zip(*limits)
+    counts = fetch_all(place.db(), """
+        INSERT INTO limits AS old (name, subject, count, expires_at)
+        SELECT name, subject, 1, now() + seconds * interval '1 second'
+          FROM unnest(%(names)s, %(subjects)s, %(seconds)s) AS new (name, subject, seconds)
+            ON CONFLICT (name, subject) DO UPDATE
+           SET count = CASE WHEN old.expires_at > now() THEN old.count + 1 ELSE 1 END,
+               expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
+                                 ELSE excluded.expires_at END
+        RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
+        """, names=list(names), subjects=list(subjects), seconds=list(seconds))
+    waits = [row.wait for row, most in zip(counts, allowed) if row.count > most]
+    if waits:
+        abort(429, "Too many requests for this address or from here.", retry_after=max(waits))
+
+
+# Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash names
+# its own costs, so that it verifies after these were changed.
+hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
+NOBODYS_HASH = hasher.hash(secrets.token_urlsafe())
+turn = itertools.count()
+
+
+@contextmanager
+def core():
+    """Wait for one of the machine's cores and hold it.
+
+    A flock() holds over all workers, and one that is killed leaves nothing locked.
+    """
+    name = f"argon2-{os.getuid()}-{next(turn) % CORES}.lock"
+    with open(os.path.join(tempfile.gettempdir(), name), "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def hash_password(password):
+    """The salted Argon2id hash, as text that names its parameters."""
+    with core():
+        return hasher.hash(password)
+
+
+def password_matches(account, password):
+    """Verify it; without an account against nobody's hash, which takes as long."""
+    with core():
+        try:
+            return hasher.verify(account.password_hash if account else NOBODYS_HASH, password)
+        except argon2.exceptions.VerifyMismatchError:
+            return False
+
+
+def digest(email, code):
+    """HMAC-SHA256: keyed, for there are only 10,000 codes to try against a stolen table."""
+    return hmac.digest(SECRET_KEY.encode(), f"{email} {code}".encode(), "sha256")
+
+
+# -- SQL: a function per statement; the only clock is now() ----------------------------
+
+
+@contextmanager
+def transaction(place):
+    """One state change: the SQL, then a publish with its confirm, then COMMIT.
+
+    Whatever is raised in the block rolls back. No confirm, no COMMIT; the mail of a
+    COMMIT that failed is harmless, since its code matches no row.
+    """
+    with place.db() as db:
+        yield db
+
+
+def fetch_all(db, statement, **values):
+    """Execute a statement and fetch its rows."""
+    with db.cursor() as cursor:
+        cursor.execute(statement, values)
+        return cursor.fetchall()
+
+
+def fetch_one(db, statement, **values):
+    """Execute a statement and fetch its row, or None."""
+    return next(iter(fetch_all(db, statement, **values)), None)
+
+
+def upsert_waiting(db, email, password_hash, code_digest):
+    """Write a pair, or replace the waiting one; None where the account is active."""
+    return fetch_one(db, """
+        INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
+        VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
+                now() + %(lifetime)s * interval '1 second')
+            ON CONFLICT (email) DO UPDATE
+           SET password_hash = excluded.password_hash,
+               code_digest   = excluded.code_digest,
+               expires_at    = excluded.expires_at,
+               registered_at = excluded.registered_at,
+               attempts      = 0
+         WHERE old.activated_at IS NULL
+        RETURNING extract(epoch FROM registered_at)::float AS issued_at,
+                  extract(epoch FROM expires_at)::float AS expires_at
+        """, email=email, password_hash=password_hash, code_digest=code_digest,
+        lifetime=CODE_LIFETIME)
+
+
+def select_account(place, email):
+    """The account of an address, or None."""
+    return fetch_one(place.db(), """
+        SELECT email, password_hash, activated_at
+          FROM users
+         WHERE email = %(email)s
+        """, email=email)
+
+
+def spend_attempt(db, account, code_digest):
+    """Check a code and count the attempt in one atomic step; whether it activated.
+
+    The condition names the hash that was verified: once the address is registered anew,
+    this pair is dead and the attempt touches nothing.
+    """
+    row = fetch_one(db, """
+        UPDATE users
+           SET attempts     = attempts + (code_digest <> %(code_digest)s)::int,
+               activated_at = CASE WHEN code_digest = %(code_digest)s THEN now() END,
+               expires_at   = CASE WHEN code_digest <> %(code_digest)s THEN expires_at END,
+               code_digest  = CASE WHEN code_digest <> %(code_digest)s THEN code_digest END
+         WHERE email = %(email)s
+           AND password_hash = %(password_hash)s
+           AND activated_at IS NULL
+           AND expires_at > now()
+           AND attempts < %(allowed)s
+        RETURNING activated_at
+        """, email=account.email, password_hash=account.password_hash,
+        code_digest=code_digest, allowed=CODE_ATTEMPTS)
+    return bool(row and row.activated_at)
+
+
+# -- Publishing ------------------------------------------------------------------------
+
+
+def publish(place, template, email, expires_at, **fields):
+    """Hand a mail job to the broker and wait for the publisher confirm.
+
+    expires_at: seconds since 1970, when the mail has become useless. Mandatory: where the
+    queue is gone, that is an error and not a mail nobody misses.
+    """
+    Producer(place.channel()).publish(
+        {"template": template, "email": email, "expires_at": expires_at, **fields},
+        routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE], mandatory=True,
+        message_id=secrets.token_hex(16), timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)

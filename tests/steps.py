@@ -1,0 +1,109 @@
+"""What the tests do, as verbs."""
+
+import base64
+import http.client
+import json
+import re
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+PASSWORD = "correct horse battery"
+REGISTER, ACTIVATE = "/users/register", "/users/activate"
+
+
+def fresh_email():
+    """An address that no other test uses, which stands in for cleaning up."""
+    return f"{uuid.uuid4().hex[:12]}@example.com"
+
+
+def send(service, method, path, body=b"", headers=None):
+    """One request on a connection of its own: .status, .headers, .body, .json."""
+    host = urlsplit(service.url).netloc
+    connection = http.client.HTTPConnection(host, timeout=15)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        content = response.read()
+    finally:
+        connection.close()
+    is_json = "json" in (response.headers["Content-Type"] or "")
+    return SimpleNamespace(
+        status=response.status, headers=response.headers, body=content,
+        json=json.loads(content) if is_json else None)
+
+
+def send_json(service, method, path, fields, headers=None):
+    """The same with a JSON body."""
+    return send(service, method, path, json.dumps(fields).encode(),
+                {"Content-Type": "application/json"} | (headers or {}))
+
+
+def register(service, email, password=PASSWORD, **headers):
+    """POST /users/register."""
+    return send_json(service, "POST", REGISTER,
+                     {"email": email, "password": password}, headers)
+
+
+def activate(service, email, code, password=PASSWORD, **headers):
+    """PATCH /users/activate."""
+    return send_json(service, "PATCH", ACTIVATE, {"code": code},
+                     {"Authorization": basic(email, password)} | headers)
+
+
+def basic(email, password):
+    """The value of an Authorization header."""
+    return "Basic " + base64.b64encode(f"{email}:{password}".encode()).decode()
+
+
+def at_once(*calls):
+    """Calls functions without arguments at the same time; their results in order."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda call: call(), calls))
+
+
+def wait_until(condition, seconds=20):
+    """Polls until the condition is true, and returns what it gave; else fails."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+    return result
+
+
+def mails_to(service, email):
+    """All mails that MailDev has for an address, the oldest first, as MailDev's dicts."""
+    maildev = SimpleNamespace(url=service.maildev_url)
+    return send(maildev, "GET", f"/email?headers.to={email}").json
+
+
+def mailed_to(service, email, count=1):
+    """Waits for so many mails to an address and returns the last of them."""
+    return wait_until(lambda: mails_to(service, email)[count - 1:count])[0]
+
+
+def code_mailed_to(service, email, count=1):
+    """The code in the count-th mail to an address; waits for it."""
+    return re.search(r"^[0-9]{4}$", mailed_to(service, email, count)["text"], re.M)[0]
+
+
+def wrong(code):
+    """A code that is not this one."""
+    return f"{(int(code) + 1) % 10_000:04}"
+
+
+def registered(service):
+    """A fresh address that waits: (email, the code that was mailed)."""
+    email = fresh_email()
+    assert register(service, email).status == 202
+    return email, code_mailed_to(service, email)
+
+
+def activated(service):
+    """A fresh address with an active account; its first two mails are here."""
+    email, code = registered(service)
+    assert activate(service, email, code).status == 200
+    mailed_to(service, email, 2)
+    return email

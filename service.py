@@ -4,13 +4,12 @@
                                             +-------> RabbitMQ --> consumer.py --> mail
     caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
 
-Run:    gunicorn service:app        production as it stands, see gunicorn.conf.py
-Read:   settings, topology, the endpoints, the one error handler, then each step in the
-        order in which the endpoints take it; after that consumer.py
-
+Run:    gunicorn service:app
+Read:   settings, topology, endpoints, the error handler, then each step in the order in
+        which the endpoints take it; after that consumer.py
 Words:  waiting   registered, the code not yet sent back
-        pair      the password and the code of one registration: they live and die together
-        place     a seat in the short queue for the cores, with two connections of its own
+        pair      the password and the code of one registration; they live and die together
+        place     a seat in the short queue for the cores, with its own two connections
         job       the message that asks the consumer for one mail
 """
 
@@ -49,7 +48,7 @@ from zxcvbn.frequency_lists import FREQUENCY_LISTS
 
 
 def setting(name, default=None):
-    """An environment variable, of its default's type; without one it is required."""
+    """An environment variable as text or, like its default, as a whole number."""
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is not set; .env.example explains it")
@@ -71,30 +70,27 @@ ACTIVATE_LIMIT_HOUR = setting("ACTIVATE_LIMIT_HOUR", 100)  # NIST SP 800-63B, 5.
 IP_LIMIT = setting("IP_LIMIT", 60)                         # per endpoint and 10 minutes
 TRUSTED_PROXIES = setting("TRUSTED_PROXIES", 0)            # 0 ignores X-Forwarded-For
 WEB_CONCURRENCY = setting("WEB_CONCURRENCY", os.cpu_count())
-
 if len(SECRET_KEY) < 32:
     raise SystemExit("SECRET_KEY must have at least 32 characters")
 
-PATIENCE = 3               # seconds that a request waits for servers, all waits together
-BROKER_TIMEOUT = 1         # seconds for each answer of the broker
-NOTICE_LIFETIME = 3600     # seconds in which a notice or confirmation is worth mailing
-CORES = os.cpu_count()     # hashes at once on this machine
-PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))   # per worker: PostgreSQL takes 100
+PATIENCE = 3              # seconds a request waits for servers, all its waits together
+BROKER_TIMEOUT = 1        # seconds for each answer of the broker
+NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
+CORES = os.cpu_count()    # hashes at once on this machine
+PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL's default is 100
 log = logging.getLogger("service")
 
 # -- Topology: the same lines stand in consumer.py -------------------------------------
 
 DEAD_QUEUE = Queue("mail.dead", queue_arguments={
-    "x-queue-type": "quorum",                 # on disk, on several nodes if there are any
-    "x-message-ttl": 7 * 24 * 3600 * 1000,    # milliseconds: a week to look at them
-    "x-max-length": 10_000,                   # then the oldest go
-})
+    "x-queue-type": "quorum",               # on disk, and on several nodes where there are
+    "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
+    "x-max-length": 10_000})                # then the oldest go
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",   # full: nack, so 503
-    "x-delivery-limit": 1_000_000,            # a job ends by its deadline instead
-    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name,
-})
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, and a 503
+    "x-delivery-limit": 1_000_000,          # a job ends by its deadline instead
+    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The app and its endpoints ---------------------------------------------------------
 
@@ -116,7 +112,7 @@ def register():
     429  too often, this address or this client
     503  cannot be taken now; nothing was kept
     """
-    fields = read_fields(email=canonical_email, password=new_password)
+    fields = read_fields(email=canonical_email, password=canonical_password)
     email, password = fields["email"], fields["password"]
     if password.lower() in (email, email.partition("@")[0]):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
@@ -124,7 +120,8 @@ def register():
         count_request(place, ("register client", client(), IP_LIMIT, 600),
                       ("register address hour", email, EMAIL_LIMIT_HOUR, 3600),
                       ("register address day", email, EMAIL_LIMIT_DAY, 86400))
-        password_hash = hash_password(password)
+        with core():
+            password_hash = hasher.hash(password)
         code = f"{secrets.randbelow(10_000):04}"
         with transaction(place) as db:
             waiting = upsert_waiting(db, email, password_hash, digest(email, code))
@@ -165,7 +162,7 @@ def activate():
             if activated:
                 publish(place, "confirmation", email, time.time() + NOTICE_LIFETIME)
         # Outside of the transaction: raising in it would roll back the attempt that was
-        # just counted, and then somebody could try all 10,000 codes.
+        # just counted, and all 10,000 codes could be tried.
         if not activated:
             abort(422, "The code is wrong, expired, superseded or used up.")
     return {"message": "The account is active."}
@@ -174,17 +171,11 @@ def activate():
 @app.get("/healthz")
 def healthz():
     """200 when database and broker answer within a second, else 503 naming which not."""
-    down = []
     with health_lock:
-        for server, ask in (
-                ("database", lambda: fetch_one(health.db(), "SELECT 1")),
-                ("broker", lambda: MAIL_QUEUE.declare(channel=health.channel()))):
-            g.deadline = time.monotonic() + 1
-            try:
-                ask()
-            except OUTAGES as error:
-                health.drop(error)
-                down.append(server)
+        down = [server for server, ask in (
+            ("database", lambda: execute(health.db(), "SELECT 1")),
+            ("broker", lambda: MAIL_QUEUE.declare(channel=health.channel()))
+        ) if not answers(ask)]
     if down:
         abort(503, f"No answer from: {', '.join(down)}.", retry_after=2)
     return {"database": "ok", "broker": "ok"}
@@ -207,11 +198,11 @@ PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
 @app.errorhandler(HTTPException)
 def problem(error):
     """The HTTPException as problem+json; a list for its description is a 422's errors."""
-    response = error.get_response()   # it has Allow and Retry-After
     kind, more = PROBLEMS.get(error.code, "other"), {"detail": error.description}
     if isinstance(error.description, list):
         kind, more = "invalid-fields", {
             "detail": "Some fields are not acceptable.", "errors": error.description}
+    response = error.get_response()   # it has Allow and Retry-After
     response.data = json.dumps({"type": f"urn:problem-type:registration:{kind}",
                                 "title": error.name, "status": error.code} | more)
     response.content_type = "application/problem+json"
@@ -221,18 +212,12 @@ def problem(error):
     return response
 
 
-@app.before_request
-def start_clock():
-    """From here on, every wait of this request for a server ends by g.deadline."""
-    g.deadline = time.monotonic() + PATIENCE
-
-
 @app.after_request
 def finish(response):
     """Keep the two endpoints' answers out of caches; name the route for the access log."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
-    request.environ["route"] = request.url_rule and request.url_rule.rule
+    request.environ["route"] = request.url_rule.rule if request.url_rule else "-"
     return response
 
 
@@ -242,14 +227,14 @@ COMMON_PASSWORDS = {word for word in FREQUENCY_LISTS["passwords"] if len(word) >
 
 
 def read_fields(**checks):
-    """The named fields of the JSON body, or 415, 413, 400 or 422.
+    """The named text fields of the JSON body, or 415, 413, 400 or 422.
 
-    A check takes the text and returns its canonical form, or raises ValueError. Fields
-    that nobody asked for are ignored, and a body that is no object has none.
+    A check returns a text's canonical form or raises ValueError. Fields that nobody asked
+    for are ignored, and a body that is no object has none.
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
-    try:   # int() refuses NaN and Infinity, which are not JSON but which json takes
+    try:   # int() refuses NaN and Infinity: json takes them, though they are not JSON
         body = json.loads(request.get_data().decode(), parse_constant=int,
                           object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -257,10 +242,7 @@ def read_fields(**checks):
     values, errors = {}, []
     for field, check in checks.items():
         try:
-            text = body.get(field) if isinstance(body, dict) else None
-            if not isinstance(text, str):
-                raise ValueError("is missing" if text is None else "must be a string")
-            values[field] = check(text)
+            values[field] = check(text_of(body, field))
         except ValueError as error:
             errors.append({"field": field, "detail": str(error)})
     if errors:
@@ -275,34 +257,41 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
+def text_of(body, field):
+    """A field of a JSON body that must be a string."""
+    if not isinstance(body, dict) or field not in body:
+        raise ValueError("is missing")
+    if not isinstance(body[field], str):
+        raise ValueError("must be a string")
+    return body[field]
+
+
 def canonical_email(text):
     """The one form in which an address is stored: ASCII, lower case, IDNA for the domain.
 
-    At most 254 characters (RFC 5321). No look-up in the DNS: the mail is the proof.
+    At most 254 characters (RFC 5321). Nothing is looked up: the mail is the proof.
     """
     return validate_email(text, check_deliverability=False,
                           allow_smtputf8=False).ascii_email.lower()
 
 
 def canonical_password(text):
-    """NFC (RFC 8265), 8 to 128 code points, and none that HTTP Basic forbids (RFC 7617)."""
+    """NFC (RFC 8265), 8 to 128 code points, none that HTTP Basic forbids (RFC 7617).
+
+    No rules of composition, but none of the common ones: NIST SP 800-63B, 5.1.1.2.
+    """
     text = unicodedata.normalize("NFC", text)
     if not 8 <= len(text) <= 128:
         raise ValueError("must have 8 to 128 characters")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise ValueError("must not contain control characters or lone surrogates")
+        raise ValueError("must not have control characters or lone surrogates")
+    if text.lower() in COMMON_PASSWORDS:
+        raise ValueError("is among the most common passwords")
     return text
 
 
-def new_password(text):
-    """No rules of composition, but none of the common ones (NIST SP 800-63B, 5.1.1.2)."""
-    if text.lower() in COMMON_PASSWORDS:
-        raise ValueError("is among the most common passwords")
-    return canonical_password(text)
-
-
 def four_digits(text):
-    """A code. isdigit() alone would take the digits of every script."""
+    """A code; isdigit() alone would take the digits of every script."""
     if not (len(text) == 4 and text.isascii() and text.isdigit()):
         raise ValueError("must be four digits")
     return text
@@ -322,11 +311,11 @@ def read_credentials():
 
 
 def client():
-    """Whom IP_LIMIT counts: an IPv4 address, or the /64 that one IPv6 client owns."""
+    """Whom IP_LIMIT counts: an IPv4 address, or the /64 that one IPv6 client has."""
     try:
         address = ipaddress.ip_address(request.remote_addr)
     except ValueError:
-        return "unknown"              # a proxy that does not tell: together they are one
+        return "unknown"              # a proxy that does not tell: they count as one
     address = getattr(address, "ipv4_mapped", None) or address
     prefix = 64 if address.version == 6 else 32
     return str(ipaddress.ip_network((address.packed, prefix), strict=False))
@@ -345,8 +334,10 @@ class Place:
 
     def __init__(self):
         self.session = None
-        self.broker = Connection(BROKER_URL, connect_timeout=BROKER_TIMEOUT, transport_options={
-            "confirm_publish": True, "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
+        self.broker = Connection(
+            BROKER_URL, connect_timeout=BROKER_TIMEOUT, transport_options={
+                "confirm_publish": True,
+                "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
 
     def db(self):
         """The psycopg2 connection; autocommit, so a lone statement is one round trip."""
@@ -357,18 +348,20 @@ class Place:
 
     def channel(self):
         """The AMQP channel, in confirm mode; every host of BROKER_URL is tried once."""
-        if self.broker.connected and ready(self.broker.connection.sock, select.POLLIN, 0):
+        if self.broker.connected and ready(
+                self.broker.connection.sock, select.POLLIN, 0):
             self.broker.collect()
-        self.broker.ensure_connection(max_retries=BROKER_URL.count(";"), interval_start=0,
-                                      interval_step=0)
+        self.broker.ensure_connection(
+            max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
         return self.broker.default_channel
 
     def drop(self, error):
-        """Forget both connections; collect(), because close() would wait for the broker."""
+        """Forget both connections; close() instead of collect() would wait for them."""
         self.session = None
         self.broker.collect()
         reason = str(error).partition("\n")[0]   # PostgreSQL's further lines quote rows
-        log.warning("event=outage error=%s reason=%s", type(error).__name__, json.dumps(reason))
+        log.warning("event=outage error=%s reason=%s",
+                    type(error).__name__, json.dumps(reason))
 
 
 OUTAGES = psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError
@@ -385,6 +378,7 @@ def place_in_queue():
         place = places.get_nowait()
     except queue.Empty:
         abort(503, "Too many requests are under way.", retry_after=1)
+    g.deadline = time.monotonic() + PATIENCE
     try:
         yield place
     except OUTAGES as error:
@@ -394,49 +388,39 @@ def place_in_queue():
         places.put(place)
 
 
+def answers(ask):
+    """Whether a server answers a question of healthz() within a second."""
+    g.deadline = time.monotonic() + 1
+    try:
+        ask()
+        return True
+    except OUTAGES as error:
+        health.drop(error)
+        return False
+
+
 def ready(file, events, seconds):
-    """Whether a socket is readable or writable in time; poll() knows no highest number."""
+    """Whether a socket is readable or writable in time; select() ends at 1,024 files."""
     poll = select.poll()
     poll.register(file, events)
     return poll.poll(max(0, seconds) * 1000)
 
 
 def wait_for_database(session):
-    """psycopg2's wait callback: ends the wait for a server that stalls, its TCP alive."""
+    """psycopg2's wait callback: the wait for a server that stalls ends at g.deadline."""
     while (state := session.poll()) != psycopg2.extensions.POLL_OK:
-        events = select.POLLIN if state == psycopg2.extensions.POLL_READ else select.POLLOUT
-        if not ready(session, events, g.deadline - time.monotonic()):
+        reading = state == psycopg2.extensions.POLL_READ
+        if not ready(session, select.POLLIN if reading else select.POLLOUT,
+                     g.deadline - time.monotonic()):
             raise psycopg2.OperationalError("no answer in time")
 
 
 psycopg2.extensions.set_wait_callback(wait_for_database)
 
-# -- Limits and hashing ----------------------------------------------------------------
-
-
-def count_request(place, *limits):
-    """Count a request against each (name, subject, allowed, seconds), or 429.
-
-    One statement, committed at once: it counts whatever becomes of the request.
-    """
-    names, subjects, allowed, seconds = zip(*limits)
-    counts = fetch_all(place.db(), """
-        INSERT INTO limits AS old (name, subject, count, expires_at)
-        SELECT name, subject, 1, now() + seconds * interval '1 second'
-          FROM unnest(%(names)s, %(subjects)s, %(seconds)s) AS new (name, subject, seconds)
-            ON CONFLICT (name, subject) DO UPDATE
-           SET count = CASE WHEN old.expires_at > now() THEN old.count + 1 ELSE 1 END,
-               expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
-                                 ELSE excluded.expires_at END
-        RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
-        """, names=list(names), subjects=list(subjects), seconds=list(seconds))
-    waits = [row.wait for row, most in zip(counts, allowed) if row.count > most]
-    if waits:
-        abort(429, "Too many requests for this address or from here.", retry_after=max(waits))
-
+# -- Hashing ---------------------------------------------------------------------------
 
 # Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash names
-# its own costs, so that it verifies after these were changed.
+# its own parameters, so that it verifies after these were changed.
 hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
 NOBODYS_HASH = hasher.hash(secrets.token_urlsafe())
 turn = itertools.count()
@@ -444,9 +428,9 @@ turn = itertools.count()
 
 @contextmanager
 def core():
-    """Wait for one of the machine's cores and hold it.
+    """Wait for one of the machine's cores, and hold it.
 
-    A flock() holds over all workers, and one that is killed leaves nothing locked.
+    A flock() counts over all workers, and one that is killed leaves nothing locked.
     """
     name = f"argon2-{os.getuid()}-{next(turn) % CORES}.lock"
     with open(os.path.join(tempfile.gettempdir(), name), "ab") as file:
@@ -454,27 +438,29 @@ def core():
         yield
 
 
-def hash_password(password):
-    """The salted Argon2id hash, as text that names its parameters."""
-    with core():
-        return hasher.hash(password)
-
-
 def password_matches(account, password):
     """Verify it; without an account against nobody's hash, which takes as long."""
     with core():
         try:
-            return hasher.verify(account.password_hash if account else NOBODYS_HASH, password)
+            return hasher.verify(
+                account.password_hash if account else NOBODYS_HASH, password)
         except argon2.exceptions.VerifyMismatchError:
             return False
 
 
 def digest(email, code):
-    """HMAC-SHA256: keyed, for there are only 10,000 codes to try against a stolen table."""
+    """HMAC-SHA256: keyed, since all 10,000 codes can be tried on a stolen table."""
     return hmac.digest(SECRET_KEY.encode(), f"{email} {code}".encode(), "sha256")
 
 
-# -- SQL: a function per statement; the only clock is now() ----------------------------
+# -- SQL: one function a statement, the only clock is now() ----------------------------
+
+
+def execute(db, statement, **values):
+    """Execute a statement; its cursor has the rows."""
+    cursor = db.cursor()
+    cursor.execute(statement, values)
+    return cursor
 
 
 @contextmanager
@@ -488,21 +474,32 @@ def transaction(place):
         yield db
 
 
-def fetch_all(db, statement, **values):
-    """Execute a statement and fetch its rows."""
-    with db.cursor() as cursor:
-        cursor.execute(statement, values)
-        return cursor.fetchall()
+def count_request(place, *limits):
+    """Count a request against each (name, subject, allowed, seconds), or 429.
 
-
-def fetch_one(db, statement, **values):
-    """Execute a statement and fetch its row, or None."""
-    return next(iter(fetch_all(db, statement, **values)), None)
+    Committed at once, so it counts whatever becomes of the request.
+    """
+    names, subjects, allowed, seconds = map(list, zip(*limits))
+    counts = execute(place.db(), """
+        INSERT INTO limits AS old (name, subject, count, expires_at)
+        SELECT name, subject, 1, now() + seconds * interval '1 second'
+          FROM unnest(%(names)s, %(subjects)s, %(seconds)s)
+            AS new (name, subject, seconds)
+            ON CONFLICT (name, subject) DO UPDATE
+           SET count = CASE WHEN old.expires_at > now() THEN old.count + 1 ELSE 1 END,
+               expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
+                                 ELSE excluded.expires_at END
+        RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
+        """, names=names, subjects=subjects, seconds=seconds)
+    waits = [row.wait for row, most in zip(counts, allowed) if row.count > most]
+    if waits:
+        abort(429, "Too many requests for this address or from here.",
+              retry_after=max(waits))
 
 
 def upsert_waiting(db, email, password_hash, code_digest):
     """Write a pair, or replace the waiting one; None where the account is active."""
-    return fetch_one(db, """
+    return execute(db, """
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
                 now() + %(lifetime)s * interval '1 second')
@@ -516,16 +513,16 @@ def upsert_waiting(db, email, password_hash, code_digest):
         RETURNING extract(epoch FROM registered_at)::float AS issued_at,
                   extract(epoch FROM expires_at)::float AS expires_at
         """, email=email, password_hash=password_hash, code_digest=code_digest,
-        lifetime=CODE_LIFETIME)
+        lifetime=CODE_LIFETIME).fetchone()
 
 
 def select_account(place, email):
     """The account of an address, or None."""
-    return fetch_one(place.db(), """
+    return execute(place.db(), """
         SELECT email, password_hash, activated_at
           FROM users
          WHERE email = %(email)s
-        """, email=email)
+        """, email=email).fetchone()
 
 
 def spend_attempt(db, account, code_digest):
@@ -534,7 +531,7 @@ def spend_attempt(db, account, code_digest):
     The condition names the hash that was verified: once the address is registered anew,
     this pair is dead and the attempt touches nothing.
     """
-    row = fetch_one(db, """
+    row = execute(db, """
         UPDATE users
            SET attempts     = attempts + (code_digest <> %(code_digest)s)::int,
                activated_at = CASE WHEN code_digest = %(code_digest)s THEN now() END,
@@ -547,7 +544,7 @@ def spend_attempt(db, account, code_digest):
            AND attempts < %(allowed)s
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
-        code_digest=code_digest, allowed=CODE_ATTEMPTS)
+        code_digest=code_digest, allowed=CODE_ATTEMPTS).fetchone()
     return bool(row and row.activated_at)
 
 
@@ -557,10 +554,11 @@ def spend_attempt(db, account, code_digest):
 def publish(place, template, email, expires_at, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    expires_at: seconds since 1970, when the mail has become useless. Mandatory: where the
-    queue is gone, that is an error and not a mail nobody misses.
+    expires_at: seconds since 1970, when the mail has become useless. Mandatory: a queue
+    that is gone is then an error and not a mail that nobody misses.
     """
     Producer(place.channel()).publish(
         {"template": template, "email": email, "expires_at": expires_at, **fields},
         routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE], mandatory=True,
-        message_id=secrets.token_hex(16), timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)
+        message_id=secrets.token_hex(16),
+        timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)

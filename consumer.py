@@ -29,7 +29,7 @@ import time
 from collections import deque
 from email.message import EmailMessage
 from email.policy import SMTP
-from email.utils import formatdate, parseaddr
+from email.utils import formataddr, formatdate, parseaddr
 
 from amqp.exceptions import AMQPError
 from dotenv import load_dotenv
@@ -66,7 +66,8 @@ SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
 RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
 PREFETCH = 50         # unsettled jobs at once: those that wait for a retry hold up no other
 STOP_WITHIN = 8       # seconds from SIGTERM to the end, whatever hangs
-SENDER = parseaddr(MAIL_FROM)[1]
+NAME, SENDER = parseaddr(MAIL_FROM)
+FROM = formataddr((NAME, SENDER))   # RFC 2047 for a name beyond ASCII
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -86,7 +87,7 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 
 # -- The three mails -------------------------------------------------------------------
 
-MAILS = {
+TEXTS = {
     "code": ("Your code", """\
 Hello,
 
@@ -94,15 +95,15 @@ this is the code for your new account:
 
 {code}
 
-It was issued at {issued} and works for {seconds:.0f} seconds. \
+It was issued at {issued} and works for {seconds:.0f} seconds.
 If you asked more than once, only the newest code works.
 
 You did not ask for it? Then somebody mistyped an address: please ignore this mail."""),
     "notice": ("You already have an account", """\
 Hello,
 
-somebody, probably you, has just tried to register this address. It has an active \
-account already, and nothing about that account has changed.
+somebody, probably you, has just tried to register this address.
+It has an active account already, and nothing about that account has changed.
 
 It was not you? Then there is nothing that you need to do."""),
     "confirmation": ("Your account is active", """\
@@ -112,22 +113,31 @@ This address is confirmed, and your account is active."""),
 }
 
 
-def build(job, message_id):
-    """The mail of a job, as the bytes for SMTP; raises whatever is wrong with the job."""
-    subject, text = MAILS[job["template"]]
-    if job["template"] == "code":
-        issued = time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))
-        text = text.format(code=job["code"], issued=issued,
-                           seconds=job["expires_at"] - job["issued_at"])
+def mime(subject, text):
+    """A mail in both forms, with its {fields} still to fill in."""
     mail = EmailMessage()
-    mail["From"], mail["To"], mail["Subject"] = MAIL_FROM, job["email"], subject
-    mail["Date"] = formatdate()
-    mail["Message-ID"] = f"<{message_id}@{SENDER.rpartition('@')[2]}>"
+    mail["Subject"] = subject
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: nobody's robot shall answer
     mail.set_content(text)
     mail.add_alternative("".join(f"<p>{html.escape(paragraph)}</p>\n"
                                  for paragraph in text.split("\n\n")), subtype="html")
-    return mail.as_bytes(policy=SMTP)
+    return mail.as_string(policy=SMTP)
+
+
+MAILS = {template: mime(*text) for template, text in TEXTS.items()}   # once: it is slow
+
+
+def build(job, message_id):
+    """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job."""
+    if not job["email"].isprintable():
+        raise ValueError("an address with control characters")
+    issued_at = job.get("issued_at", 0)
+    head = (f"From: {FROM}\r\nTo: {job['email']}\r\nDate: {formatdate()}\r\n"
+            f"Message-ID: <{message_id}@{SENDER.rpartition('@')[2]}>\r\n")
+    body = MAILS[job["template"]].format(
+        **job, seconds=job["expires_at"] - issued_at,
+        issued=time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(issued_at)))
+    return (head + body).encode("ascii")
 
 
 # -- One job ---------------------------------------------------------------------------

@@ -4,14 +4,17 @@ With SERVICE_URL and MAILDEV_URL set, the tests of test_flow.py run against that
 instead; the others need to kill servers, so they always have their own.
 """
 
+import contextlib
 import os
 import tempfile
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg2
 import pytest
 import servers as start
+from smtp import SmtpServer
 
 TOP = Path(__file__).parent.parent
 
@@ -82,6 +85,36 @@ def start_service(servers, settings, service, tmp_path):
     yield start_it
     for api in started:
         api.stop()
+
+
+@pytest.fixture(scope="session")
+def new_broker(servers):
+    """Makes brokers apart from the others, virtual hosts in RabbitMQ; gives the URL."""
+    def make(name):
+        servers.rabbitmq.ctl("add_vhost", name)
+        servers.rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+        return servers.rabbitmq.url.removesuffix("/") + name
+
+    return make
+
+
+@pytest.fixture
+def start_consumer(settings, tmp_path):
+    """Starts a consumer with settings of its own."""
+    with contextlib.ExitStack() as started:
+        def start_it(**changes):
+            folder = tmp_path / f"consumer{uuid.uuid4().hex}"
+            return started.enter_context(start.Consumer(folder, settings | changes))
+
+        yield start_it
+
+
+@pytest.fixture
+def smtp():
+    """A mail server that answers what the test tells it."""
+    server = SmtpServer(start.free_port())
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 PASSWORD = "correct horse battery"
 REGISTER, ACTIVATE = "/users/register", "/users/activate"
@@ -32,7 +32,7 @@ def send(service, method, path, body=b"", headers=None):
     is_json = "json" in (response.headers["Content-Type"] or "")
     return SimpleNamespace(
         status=response.status, headers=response.headers, body=content,
-        json=json.loads(content) if is_json else None)
+        json=json.loads(content) if is_json and content else None)
 
 
 def send_json(service, method, path, fields, headers=None):
@@ -58,6 +58,20 @@ def basic(email, password):
     return "Basic " + base64.b64encode(f"{email}:{password}".encode()).decode()
 
 
+def problem_in(answer):
+    """The last word of an error's type, once its problem details proved to be whole."""
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json["status"] == answer.status
+    assert answer.json["title"] and answer.json["detail"]
+    return answer.json["type"].rpartition(":")[2]
+
+
+def shown(answer):
+    """All that a caller sees of an answer, but its Date."""
+    headers = sorted(pair for pair in answer.headers.items() if pair[0] != "Date")
+    return answer.status, headers, answer.body
+
+
 def at_once(*calls):
     """Calls functions without arguments at the same time; their results in order."""
     with ThreadPoolExecutor(len(calls)) as threads:
@@ -76,7 +90,7 @@ def wait_until(condition, seconds=20):
 def mails_to(service, email):
     """All mails that MailDev has for an address, the oldest first, as MailDev's dicts."""
     maildev = SimpleNamespace(url=service.maildev_url)
-    return send(maildev, "GET", f"/email?headers.to={email}").json
+    return send(maildev, "GET", f"/email?headers.to={quote(email)}").json
 
 
 def mailed_to(service, email, count=1):
@@ -99,6 +113,15 @@ def registered(service):
     email = fresh_email()
     assert register(service, email).status == 202
     return email, code_mailed_to(service, email)
+
+
+def registered_anew(service, email, code, password=PASSWORD):
+    """Registers a waiting address again, until its newest code is another; the code."""
+    count = len(mails_to(service, email))
+    while (newest := code_mailed_to(service, email, count)) == code:
+        assert register(service, email, password).status == 202
+        count += 1
+    return newest
 
 
 def activated(service):

@@ -118,9 +118,10 @@ def mime(subject, text):
     mail = EmailMessage()
     mail["Subject"] = subject
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: nobody's robot shall answer
-    mail.set_content(text)
+    mail.set_content(text, cte="7bit")
     mail.add_alternative("".join(f"<p>{html.escape(paragraph)}</p>\n"
-                                 for paragraph in text.split("\n\n")), subtype="html")
+                                 for paragraph in text.split("\n\n")),
+                         subtype="html", cte="7bit")
     return mail.as_string(policy=SMTP)
 
 

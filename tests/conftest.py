@@ -114,7 +114,7 @@ def smtp():
     """A mail server that answers what the test tells it."""
     server = SmtpServer(start.free_port())
     yield server
-    server.stop()
+    server.close()
 
 
 @pytest.fixture

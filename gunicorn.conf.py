@@ -28,9 +28,19 @@ accesslog = "-"
 access_log_format = ("event=request client=%(h)s method=%(m)s route=%({route}e)s "
                      "status=%(s)s outcome=%({outcome}e)s ms=%(M)s")
 logging.Formatter.converter = time.gmtime
+
+
+def shorten(record):
+    """gunicorn quotes what it cannot parse, and that may be an Authorization header."""
+    if record.getMessage().startswith("Invalid request"):
+        record.msg, record.args = record.getMessage().partition(": ")[0], ()
+    return True
+
+
 logconfig_dict = {
     "version": 1,
     "disable_existing_loggers": False,
+    "filters": {"shorten": {"()": lambda: shorten}},
     "formatters": {
         "logfmt": {"format": "time=%(asctime)s level=%(levelname)s %(message)s",
                    "datefmt": "%Y-%m-%dT%H:%M:%SZ"},
@@ -41,7 +51,7 @@ logconfig_dict = {
         "logfmt": {"class": "logging.StreamHandler", "formatter": "logfmt",
                    "stream": sys.stdout},
         "gunicorn": {"class": "logging.StreamHandler", "formatter": "gunicorn",
-                     "stream": sys.stdout}},
+                     "filters": ["shorten"], "stream": sys.stdout}},
     "root": {"level": os.environ.get("LOG_LEVEL") or "INFO", "handlers": ["logfmt"]},
     "loggers": {
         "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False},

@@ -37,6 +37,7 @@ from dotenv import load_dotenv
 from email_validator import validate_email
 from flask import Flask, abort, g, request, send_file
 from flask_swagger_ui import get_swaggerui_blueprint
+from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError
 from psycopg2.extras import NamedTupleCursor
@@ -214,7 +215,8 @@ def problem(error):
 
 @app.after_request
 def finish(response):
-    """Keep the two endpoints' answers out of caches; name the route for the access log."""
+    """Keep the two endpoints' answers out of caches; tell the access log how it ended."""
+    request.environ.setdefault("outcome", "ok")
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
     request.environ["route"] = request.url_rule.rule if request.url_rule else "-"
@@ -237,7 +239,7 @@ def read_fields(**checks):
     try:   # int() refuses NaN and Infinity: json takes them, though they are not JSON
         body = json.loads(request.get_data().decode(), parse_constant=int,
                           object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, ParseException) as error:   # the last: its chunks
         abort(400, f"The body is not JSON: {error}")
     values, errors = {}, []
     for field, check in checks.items():

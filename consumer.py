@@ -45,7 +45,7 @@ def setting(name, default=None):
     if text is None:
         raise SystemExit(f"{name} is not set; .env.example explains it")
     try:
-        return type(default or "")(text)
+        return type("" if default is None else default)(text)
     except ValueError:
         raise SystemExit(f"{name} must be a whole number, not {text!r}") from None
 

@@ -5,14 +5,14 @@ WORKDIR /app
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 RUN useradd --system --no-log-init app
 # Packages first: a change of the program leaves this layer alone.
-COPY requirements.txt ./
-RUN pip install --no-cache-dir -r requirements.txt
+COPY requirements.lock ./
+RUN pip install --no-cache-dir --require-hashes -r requirements.lock
 # Root's and read-only: the program cannot change itself.
 COPY --chmod=444 service.py consumer.py gunicorn.conf.py openapi.yaml ./
 
 FROM base AS tests
-COPY tests/requirements.txt tests/
-RUN pip install --no-cache-dir -r tests/requirements.txt
+COPY tests/requirements.lock tests/
+RUN pip install --no-cache-dir --require-hashes -r tests/requirements.lock
 COPY tests tests
 USER app
 CMD ["pytest", "-p", "no:cacheprovider", "tests/test_flow.py"]

@@ -10,12 +10,12 @@ run: .venv/complete
 test: .venv/complete
 	.venv/bin/python -m pytest tests
 
-# Made anew when the requirements change. Debian ships venv without what it needs.
-.venv/complete: requirements.txt tests/requirements.txt
+# Made anew when the locks change. Debian ships venv without what it needs.
+.venv/complete: requirements.lock tests/requirements.lock
 	@python3 -c "import ensurepip" 2>/dev/null || $(MAKE) --no-print-directory venv
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -qq --disable-pip-version-check \
-		-r requirements.txt -r tests/requirements.txt
+		--require-hashes -r requirements.lock -r tests/requirements.lock
 	@touch $@
 
 venv:
@@ -24,4 +24,15 @@ venv:
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --no-install-recommends python3-venv >/dev/null
 
-.PHONY: help run test venv
+# After a change of a requirements.txt: every package, with its version and its hashes.
+lock: export CUSTOM_COMPILE_COMMAND = make lock
+lock: .venv/complete
+	.venv/bin/python -m pip install -qq --disable-pip-version-check pip-tools
+	.venv/bin/pip-compile $(LOCK) -o requirements.lock requirements.txt
+	.venv/bin/pip-compile $(LOCK) -c requirements.lock -o tests/requirements.lock \
+		tests/requirements.txt
+
+LOCK = --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
+	--no-emit-find-links
+
+.PHONY: help run test venv lock

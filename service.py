@@ -33,6 +33,7 @@ from contextlib import contextmanager
 import argon2
 import psycopg2
 from amqp.exceptions import AMQPError, MessageNacked
+from django.contrib.auth.password_validation import CommonPasswordValidator
 from dotenv import load_dotenv
 from email_validator import validate_email
 from flask import Flask, abort, g, request, send_file
@@ -43,7 +44,6 @@ from kombu.exceptions import KombuError
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
-from zxcvbn.frequency_lists import FREQUENCY_LISTS
 
 # -- Settings: the environment, else .env ----------------------------------------------
 
@@ -74,6 +74,7 @@ WEB_CONCURRENCY = setting("WEB_CONCURRENCY", os.cpu_count())
 if len(SECRET_KEY) < 32:
     raise SystemExit("SECRET_KEY must have at least 32 characters")
 
+MAX_BODY = 4096           # bytes
 PATIENCE = 3              # seconds a request waits for servers, all its waits together
 BROKER_TIMEOUT = 1        # seconds for each answer of the broker
 NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
@@ -96,7 +97,7 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = 4096
+app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1   # where werkzeug cuts a chunked body
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
@@ -115,7 +116,7 @@ def register():
     """
     fields = read_fields(email=canonical_email, password=canonical_password)
     email, password = fields["email"], fields["password"]
-    if password.lower() in (email, email.partition("@")[0]):
+    if names_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
     with place_in_queue() as place:
         count_request(place, ("register client", client(), IP_LIMIT, 600),
@@ -225,7 +226,7 @@ def finish(response):
 
 # -- Reading the request ---------------------------------------------------------------
 
-COMMON_PASSWORDS = {word for word in FREQUENCY_LISTS["passwords"] if len(word) >= 8}
+COMMON_PASSWORDS = CommonPasswordValidator().passwords   # 8,000 of 8 characters and more
 
 
 def read_fields(**checks):
@@ -236,10 +237,13 @@ def read_fields(**checks):
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
-    try:   # int() refuses NaN and Infinity: json takes them, though they are not JSON
-        body = json.loads(request.get_data().decode(), parse_constant=int,
-                          object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError, ParseException) as error:   # the last: its chunks
+    try:
+        body = request.get_data()
+        if len(body) > MAX_BODY:
+            abort(413, "The body is over 4 KiB.")
+        # int() refuses NaN and Infinity: json takes them, though they are not JSON.
+        body = json.loads(body.decode(), parse_constant=int, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError, ParseException) as error:   # the last: of chunks
         abort(400, f"The body is not JSON: {error}")
     values, errors = {}, []
     for field, check in checks.items():
@@ -290,6 +294,14 @@ def canonical_password(text):
     if text.lower() in COMMON_PASSWORDS:
         raise ValueError("is among the most common passwords")
     return text
+
+
+def names_address(password, email):
+    """Whether it is the address, however typed, or its local part."""
+    try:
+        return canonical_email(password) == email
+    except ValueError:
+        return password.lower() == email.partition("@")[0]
 
 
 def four_digits(text):

@@ -166,6 +166,8 @@ def on_message(message):
     try:
         send(mail, address)
     except OSError as error:   # as all exceptions of smtplib are
+        if smtp is None:
+            time.sleep(RETRY_AFTER)   # nobody there: one try a second, not one a job
         disconnect()
         if refused_for_good(error):
             log_job("refused", message_id, error)

@@ -1,0 +1,387 @@
+"""PATCH /users/activate: HTTP Basic and the code, and how long a code lives."""
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+from steps import (ACTIVATE, PASSWORD, activate, activated, at_once, basic,
+                   fresh_email, mailed_to, problem_in, register, registered,
+                   registered_anew, send, send_json, shown, wait_until, wrong)
+
+JSON = {"Content-Type": "application/json"}
+
+
+def attempts_at(database, email):
+    """Wrong codes counted since the latest registration."""
+    return database("SELECT attempts FROM users WHERE email = %s", [email])[0][0]
+
+
+def encode(credentials):
+    """Text or bytes as the token of a Basic header."""
+    if isinstance(credentials, str):
+        credentials = credentials.encode()
+    return base64.b64encode(credentials).decode()
+
+
+# -- 200 and 409 -----------------------------------------------------------------------
+
+
+def test_it_activates_and_mails_a_confirmation(service):
+    email, code = registered(service)
+
+    done = activate(service, email, code)
+
+    assert done.status == 200
+    assert done.headers["Content-Type"] == "application/json"
+    assert mailed_to(service, email, 2)["subject"] == "Your account is active"
+
+
+def test_it_keeps_no_code_of_an_active_account(service, database):
+    email = activated(service)
+
+    kept = database("""
+        SELECT code_digest, expires_at, activated_at > registered_at
+          FROM users WHERE email = %s""", [email])
+
+    assert kept == [(None, None, True)]
+
+
+def test_it_takes_a_code_once(service):
+    email, code = registered(service)
+
+    first, second = activate(service, email, code), activate(service, email, code)
+
+    assert [first.status, second.status] == [200, 409]
+    assert problem_in(second) == "already-active"
+
+
+def test_it_answers_409_whatever_the_code_once_the_account_is_active(service):
+    email = activated(service)
+
+    statuses = {activate(service, email, code).status for code in ("0000", "9999")}
+
+    assert statuses == {409}
+
+
+def test_it_knows_an_account_however_its_address_is_typed(service):
+    email, code = registered(service)
+
+    done = activate(service, email.upper(), code)
+
+    assert done.status == 200
+
+
+def test_it_verifies_a_hash_made_at_another_cost(service, database):
+    email, code = registered(service)
+    database("UPDATE users SET password_hash = %s WHERE email = %s", [
+        "$argon2id$v=19$m=19456,t=2,p=1$9p8xMfujpcZJZVuO7ja/JQ"
+        "$1Nj+bPHv2UMezGKMZ1Qbuivt077kV1HxgcMzd4d0wvs", email])    # of PASSWORD
+
+    other = activate(service, email, code, "another passphrase")
+    done = activate(service, email, code, PASSWORD)
+
+    assert [other.status, done.status] == [401, 200]
+
+
+# -- 401 -------------------------------------------------------------------------------
+
+
+def test_it_asks_for_basic_in_utf_8(service):
+    answer = send_json(service, "PATCH", ACTIVATE, {"code": "0427"})
+
+    assert (answer.status, problem_in(answer)) == (401, "wrong-credentials")
+    assert answer.headers["WWW-Authenticate"].startswith('Basic realm="')
+    assert answer.headers["WWW-Authenticate"].endswith('", charset="UTF-8"')
+    assert "Set-Cookie" not in answer.headers
+
+
+def test_it_gives_one_answer_to_all_wrong_credentials(service):
+    waiting, code = registered(service)
+    active = activated(service)
+
+    answers = [activate(service, waiting, code, "another passphrase"),
+               activate(service, active, code, "another passphrase"),
+               activate(service, fresh_email(), code),
+               activate(service, "no address", code),
+               activate(service, waiting, code, "short"),
+               activate(service, waiting, code, Authorization="Basic !!!!"),
+               send_json(service, "PATCH", ACTIVATE, {"code": code})]
+
+    assert {answer.status for answer in answers} == {401}
+    assert all(shown(answer) == shown(answers[0]) for answer in answers)
+
+
+EMAIL, GOOD = "ann@example.com", encode(f"ann@example.com:{PASSWORD}")
+
+
+@pytest.fixture(scope="module")
+def ann(service):
+    """The account to which the right form of these credentials would lead."""
+    assert register(service, EMAIL).status == 202
+
+
+@pytest.mark.parametrize("value", [
+    "", " ", "Basic", "Basic ", "Basic    ", "Bearer", f"Bearer {GOOD}",
+    f"Digest {GOOD}", GOOD, f"Basic{GOOD}", f"Basic:{GOOD}", f"Basic,{GOOD}",
+    f"Basic\t{GOOD}",
+    f"Basic {GOOD} {GOOD}", f"Basic {GOOD},Basic {GOOD}", f"Basic {GOOD}=",
+    f"Basic ={GOOD}", f"Basic {GOOD[:-1]}", f"Basic {GOOD[1:]}", f'Basic "{GOOD}"',
+    f"Basic {GOOD}; a=b",
+    "Basic !!!!", "Basic ====", "Basic a", "Basic -_-_", "Basic é",
+    f"Basic {GOOD[:8]}é",
+    f"Basic {GOOD[:8]} {GOOD[8:]}", "Basic username=ann, password=correct",
+    f"Basic {encode('')}", f"Basic {encode(':')}", f"Basic {encode(EMAIL)}",
+    f"Basic {encode(EMAIL + ':')}", f"Basic {encode(':' + PASSWORD)}",
+    f"Basic {encode(EMAIL + ' ' + PASSWORD)}", f"Basic {encode('ann:' + PASSWORD)}",
+    f"Basic {encode(' ' + EMAIL + ':' + PASSWORD)}", f"Basic {encode(EMAIL + ':' * 9)}",
+    f"Basic {encode(EMAIL.encode() + b':caf' + bytes([0xE9]) + b' au lait')}",
+    f"Basic {encode(bytes([0xFF, 0xFE]) + GOOD.encode('utf-16'))}",
+    f"Basic {encode(bytes(range(256)))}",
+    f"Basic {encode(b'ann@exa' + bytes(1) + b':x')}",
+    f"Basic {encode(EMAIL + ':nul ' + chr(0) + ' inside')}",
+    f"Basic {encode(EMAIL + ':two' + chr(10) + 'lines')}",
+    f"Basic {encode(EMAIL + ':' + 'x' * 129)}", f"Basic {encode('a' * 5000)}",
+    f"Basic {encode(EMAIL + ':' + 'x' * 5000)}", "x" * 8000,
+    f"Basic {encode(EMAIL.encode() + b':' + bytes([0xED, 0xA0, 0x80]) * 8)}"],
+    ids=lambda value: value[:60])
+def test_it_answers_401_to_malformed_credentials(service, ann, value):
+    answer = send_json(service, "PATCH", ACTIVATE, {"code": "0427"}, {
+        "Authorization": value.encode("latin-1")})
+
+    assert (answer.status, problem_in(answer)) == (401, "wrong-credentials")
+    assert "WWW-Authenticate" in answer.headers
+
+
+@pytest.mark.parametrize("scheme", ["basic ", "BASIC ", "bAsIc ", "Basic   "])
+def test_it_takes_the_scheme_in_any_case_and_more_spaces(service, scheme):
+    email, code = registered(service)
+    value = scheme + encode(f"{email}:{PASSWORD}")
+
+    done = activate(service, email, code, Authorization=value)
+
+    assert done.status == 200
+
+
+def test_it_spends_no_try_on_a_wrong_password(service, database):
+    email, code = registered(service)
+
+    refused = [activate(service, email, each, "another passphrase").status
+               for each in (code, code, wrong(code), wrong(code))]
+
+    assert refused == [401] * 4
+    assert attempts_at(database, email) == 0
+    assert activate(service, email, code).status == 200
+
+
+# -- 422: the code ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [
+    None, 1234, 1234.0, True, ["1234"], {"code": "1234"}, [1, 2, 3, 4], "", "123",
+    "12345", "0001234", " 123", "123 ", "1234\n", "\n1234", "1234\0", "12 34", "+123",
+    "-123", "1e10", "0x1f", "12.4", "1_23", "abcd", "١٢٣٤", "１２３４", "१२३४", "²²²²",
+    "①②③④", "𝟏𝟐𝟑𝟒",
+    "12\ud8004", "1" * 4000], ids=lambda code: ascii(code)[:20])
+def test_it_answers_422_to_what_is_not_four_ascii_digits(service, code):
+    answer = activate(service, fresh_email(), code)
+
+    assert (answer.status, problem_in(answer)) == (422, "invalid-fields")
+    assert [error["field"] for error in answer.json["errors"]] == ["code"]
+
+
+@pytest.mark.parametrize("body", [
+    b"{}", b"[]", b"null", b"1234", b'"1234"', b'["code"]', b'{"Code": "1234"}'])
+def test_it_answers_422_where_the_code_is_missing(service, body):
+    headers = JSON | {"Authorization": basic(fresh_email(), PASSWORD)}
+
+    answer = send(service, "PATCH", ACTIVATE, body, headers)
+
+    assert answer.status == 422
+    assert [error["field"] for error in answer.json["errors"]] == ["code"]
+
+
+def test_it_spends_no_try_on_what_is_not_four_digits(service, database):
+    email, code = registered(service)
+
+    for malformed in (int(code), f"{code}\n", code[:3], None):
+        activate(service, email, malformed)
+
+    assert attempts_at(database, email) == 0
+    assert activate(service, email, code).status == 200
+
+
+def test_it_gives_one_answer_to_all_codes_that_do_not_work(service, database):
+    (email, code), (late, late_code) = registered(service), registered(service)
+    database("UPDATE users SET expires_at = now() WHERE email = %s", [late])
+    newest = registered_anew(service, email, code)
+
+    superseded = activate(service, email, code)
+    expired = activate(service, late, late_code)
+    mistyped = [activate(service, email, wrong(newest)) for _ in range(3)]
+    used_up = activate(service, email, newest)
+
+    assert (superseded.status, problem_in(superseded)) == (422, "refused-code")
+    assert "errors" not in superseded.json
+    assert all(shown(each) == shown(superseded) for each in (expired, *mistyped,
+                                                             used_up))
+
+
+def test_it_refuses_the_right_code_after_three_wrong_ones(service, database):
+    email, code = registered(service)
+    for _ in range(3):
+        activate(service, email, wrong(code))
+
+    refused = activate(service, email, code)
+
+    assert refused.status == 422
+    assert attempts_at(database, email) == 3
+
+
+def test_it_takes_the_right_code_after_two_wrong_ones(service, database):
+    email, code = registered(service)
+    for _ in range(2):
+        activate(service, email, wrong(code))
+
+    assert attempts_at(database, email) == 2
+    assert activate(service, email, code).status == 200
+
+
+def test_it_takes_no_code_that_was_mailed_to_another(service):
+    email, code = registered(service)
+    other, other_code = registered(service)
+    while other_code == code:
+        other, other_code = registered(service)
+
+    assert activate(service, email, other_code).status == 422
+    assert activate(service, other, code).status == 422
+
+
+def test_it_refuses_a_code_that_is_too_old(service, database):
+    email, code = registered(service)
+    database("""UPDATE users SET expires_at = expires_at - interval '60 s'
+                 WHERE email = %s""", [email])
+
+    refused = activate(service, email, code)
+
+    assert refused.status == 422
+
+
+def test_it_lets_a_code_live_as_long_as_code_lifetime_says(start_service, database):
+    api = start_service(CODE_LIFETIME="86400", CODE_ATTEMPTS="5")
+    email, code = registered(api)
+
+    for _ in range(4):
+        activate(api, email, wrong(code))
+
+    assert database("""SELECT expires_at - registered_at = interval '1 day'
+                         FROM users WHERE email = %s""", [email]) == [(True,)]
+    assert activate(api, email, code).status == 200
+
+
+# -- All at once -----------------------------------------------------------------------
+
+
+def test_it_takes_one_of_eight_right_codes_at_once(service):
+    email, code = registered(service)
+
+    answers = at_once(*[partial(activate, service, email, code)] * 8)
+
+    statuses = [answer.status for answer in answers]
+    assert statuses.count(200) == 1
+    assert set(statuses) <= {200, 409, 422}
+    assert mailed_to(service, email, 2)["subject"] == "Your account is active"
+
+
+def test_it_counts_twelve_wrong_codes_at_once(service, database):
+    email, code = registered(service)
+
+    answers = at_once(*[partial(activate, service, email, wrong(code))] * 12)
+
+    # 503: twelve are more than one worker takes at once.
+    assert {answer.status for answer in answers} - {503} == {422}
+    assert attempts_at(database, email) == 3
+    assert activate(service, email, code).status == 422
+
+
+def test_it_activates_one_pair_or_the_other_never_a_mixture(service, database):
+    email, code = registered(service)
+    calls = [partial(activate, service, email, code),
+             partial(register, service, email, "the new password")]
+
+    answers = at_once(*calls * 4)
+
+    active = database("SELECT activated_at FROM users WHERE email = %s", [email])[0][0]
+    assert {answer.status for answer in answers} <= {200, 202, 401, 409, 422}
+    assert bool(active) == (activate(service, email, wrong(code)).status == 409)
+
+
+def test_it_neither_takes_nor_counts_a_code_of_a_pair_that_was_just_replaced(
+        service, database):
+    email, code = registered(service)
+    database("BEGIN")
+    database("UPDATE users SET password_hash = 'of a newer pair' WHERE email = %s",
+             [email])
+
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(activate, service, email, code)
+        wait_until(lambda: database("SELECT pid FROM pg_locks WHERE NOT granted"))
+        database("COMMIT")
+
+    assert answer.result().status == 422
+    assert database("SELECT activated_at, attempts FROM users WHERE email = %s",
+                    [email]) == [(None, 0)]
+
+
+# -- The other statuses, and their headers ---------------------------------------------
+
+
+def test_it_answers_400_to_what_is_not_json(service):
+    headers = JSON | {"Authorization": basic(fresh_email(), PASSWORD)}
+
+    answer = send(service, "PATCH", ACTIVATE, b'{"code": 0427}', headers)
+
+    assert (answer.status, problem_in(answer)) == (400, "bad-request")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE"])
+def test_it_answers_405_to_other_methods_and_names_the_right_one(service, method):
+    answer = send(service, method, ACTIVATE)
+
+    assert answer.status == 405
+    assert set(answer.headers["Allow"].split(", ")) == {"OPTIONS", "PATCH"}
+
+
+def test_it_takes_4096_bytes_and_answers_413_to_one_more(service):
+    email, code = registered(service)
+    headers = JSON | {"Authorization": basic(email, PASSWORD)}
+    body = f'{{"code": "{code}"}}'.encode()
+
+    refused = send(service, "PATCH", ACTIVATE, body.ljust(4097), headers)
+    accepted = send(service, "PATCH", ACTIVATE, body.ljust(4096), headers)
+
+    assert (refused.status, problem_in(refused)) == (413, "too-large")
+    assert accepted.status == 200
+
+
+@pytest.mark.parametrize("content_type",
+                         ["", "text/plain", "application/merge-patch+json"])
+def test_it_answers_415_to_what_is_not_sent_as_json(service, content_type):
+    email, code = registered(service)
+
+    answer = activate(service, email, code, **{"Content-Type": content_type})
+
+    assert (answer.status, problem_in(answer)) == (415, "not-json")
+
+
+def test_it_keeps_its_answers_out_of_caches(service):
+    email, code = registered(service)
+
+    answers = [activate(service, email, ""),
+               activate(service, email, code, "wrong one"),
+               activate(service, email, wrong(code)), activate(service, email, code),
+               activate(service, email, code), send(service, "GET", ACTIVATE),
+               activate(service, email, code, **{"Content-Type": "text/plain"})]
+
+    assert [answer.status for answer in answers] == [422, 401, 422, 200, 409, 405, 415]
+    assert {answer.headers["Cache-Control"] for answer in answers} == {"no-store"}

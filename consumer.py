@@ -269,7 +269,7 @@ def main():
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGALRM:
         signal.signal(number, stop)
     while not stopping:
-        connection = Connection(BROKER_URL, heartbeat=60, connect_timeout=2,
+        connection = Connection(BROKER_URL, heartbeat=20, connect_timeout=2,
                                 transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
             connection.ensure_connection(max_retries=BROKER_URL.count(";"),

@@ -486,6 +486,9 @@ def transaction(place):
     """
     with place.db() as db:
         yield db
+        if time.monotonic() > g.deadline:
+            raise TimeoutError("too late to COMMIT")
+        g.deadline += 1   # a COMMIT that was sent may have happened: wait for its answer
 
 
 def count_request(place, *limits):

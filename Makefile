@@ -3,12 +3,20 @@
 help:
 	@echo "make run     everything on this machine until Ctrl-C, data in .local/"
 	@echo "make test    the tests, with servers of their own"
+	@echo "make chaos   ten minutes of load while servers and processes are killed"
+	@echo "make failover   the same with a cluster of brokers and a standby database"
 
 run: .venv/complete
 	@.venv/bin/python tests/servers.py
 
 test: .venv/complete
 	.venv/bin/python -m pytest tests
+
+chaos: .venv/complete
+	.venv/bin/python tests/chaos.py
+
+failover: .venv/complete
+	.venv/bin/python tests/failover.py
 
 # Made anew when the locks change. Debian ships venv without what it needs.
 .venv/complete: requirements.lock tests/requirements.lock
@@ -35,4 +43,4 @@ lock: .venv/complete
 LOCK = --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
 	--no-emit-find-links
 
-.PHONY: help run test venv lock
+.PHONY: help run test chaos failover venv lock

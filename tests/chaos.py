@@ -1,0 +1,175 @@
+"""The whole system under steady load, and everything in it killed, again and again.
+
+Run:    make chaos                          about ten minutes
+        python tests/chaos.py --rounds 1    about three
+
+Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
+something behind, an answer took over 5 seconds, or a process ended by itself.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import load
+import servers as start
+from account import account
+from sink import Sink
+
+TOP = Path(__file__).parent.parent
+
+
+# -- Faults: each is done before the yield and undone after it -------------------------
+
+
+@contextmanager
+def killed(server):
+    server.kill()
+    yield
+    server.start()
+
+
+@contextmanager
+def stopped(server):
+    server.pause()
+    yield
+    server.resume()
+
+
+@contextmanager
+def worker_killed(api):
+    workers = start.tree(api.process.pid)[1:]
+    os.kill(random.choice(workers), 9)      # gunicorn's master starts another
+    yield
+
+
+@contextmanager
+def sessions_ended(postgres):
+    postgres.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                  "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()")
+    yield
+
+
+@contextmanager
+def connections_closed(rabbitmq):
+    rabbitmq.ctl("close_all_connections", "chaos")
+    yield
+
+
+@contextmanager
+def memory_alarm(rabbitmq):
+    rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
+    yield
+    rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+@contextmanager
+def queue_full(rabbitmq, consumer):
+    """A policy lowers the limit of the queue's own arguments: the lower one counts."""
+    rabbitmq.ctl("set_policy", "full", "^mail$", '{"max-length": 3}')
+    with killed(consumer):     # what it has fetched would not count
+        yield
+    rabbitmq.ctl("clear_policy", "full")
+
+
+def faults(system):
+    """Each as (name, whether of the database, how, shortest and longest seconds)."""
+    postgres, rabbitmq, mail = system.postgres, system.rabbitmq, system.mail
+    api, consumer, longer = system.api, system.consumer, load.LIFETIME + 4
+    return [
+        ("consumer killed", False, lambda: killed(consumer), 0.2, 4),
+        ("gunicorn worker killed", False, lambda: worker_killed(api), 0, 0),
+        ("PostgreSQL killed", True, lambda: killed(postgres), 0.2, 4),
+        ("RabbitMQ killed", False, lambda: killed(rabbitmq), 0.2, 2),
+        ("mail server killed", False, lambda: killed(mail), 0.5, 6),
+        ("mail server killed, for long", False, lambda: killed(mail),
+         longer, longer),
+        ("database sessions ended", True, lambda: sessions_ended(postgres), 0, 0),
+        ("broker connections closed", False,
+         lambda: connections_closed(rabbitmq), 0, 0),
+        ("PostgreSQL stopped", True, lambda: stopped(postgres), 1, 6),
+        ("RabbitMQ stopped", False, lambda: stopped(rabbitmq), 1, 6),
+        ("memory alarm", False, lambda: memory_alarm(rabbitmq), 1, 4),
+        ("queue full", False, lambda: queue_full(rabbitmq, consumer), 3, 6)]
+
+
+OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
+         "database sessions ended", "PostgreSQL stopped"}     # they are soon over
+ENDS_ONE = {"consumer killed", "gunicorn worker killed", "queue full"}
+
+
+# -- The run ---------------------------------------------------------------------------
+
+
+def run(system, callers, rounds, chance):
+    """Does all faults in each round, in a new order; returns (faults, failures)."""
+    done, failures = [], []
+    for number in range(rounds):
+        load.say(f"round {number + 1} of {rounds}")
+        turn = [each for each in faults(system)
+                for _ in range(3 if each[0] in OFTEN else 1)]
+        chance.shuffle(turn)
+        for name, of_database, inflict, shortest, longest in turn:
+            time.sleep(chance.uniform(0.5, 2.5))
+            before = processes(system)
+            done.append(load.Fault(name, of_database))
+            with done[-1].under(callers), inflict():
+                time.sleep(chance.uniform(shortest, longest))
+            gone = len(before - processes(system))
+            if gone > (name in ENDS_ONE):
+                failures.append(f"{gone} processes of the program ended: {name}")
+    return done, failures
+
+
+def processes(system):
+    """The ids of the program's."""
+    return {pid for each in (system.api, system.consumer)
+            for pid in start.tree(each.process.pid)}
+
+
+@contextmanager
+def whole_system(folder):
+    """Servers, API and consumer."""
+    with start.running(start.Postgres(folder), start.RabbitMQ(folder),
+                       Sink(folder)) as (postgres, rabbitmq, mail):
+        postgres.psql((TOP / "sql/schema.sql").read_text())
+        settings = load.SETTINGS | {
+            "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), "TMPDIR": folder}
+        with start.running(start.Gunicorn(folder, settings),
+                           start.Consumer(folder, settings)) as (api, consumer):
+            yield SimpleNamespace(postgres=postgres, rabbitmq=rabbitmq, mail=mail,
+                                  api=api, consumer=consumer)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000))
+    options = parser.parse_args()
+    load.say(f"seed {options.seed}")
+    start.install_missing((start.Postgres, start.RabbitMQ))
+    with tempfile.TemporaryDirectory(prefix="reg-") as folder:
+        os.chmod(folder, 0o755)     # PostgreSQL runs as another user
+        with whole_system(folder) as system:
+            callers = load.Load([system.api], system.mail, options.seed)
+            callers.start()
+            try:
+                time.sleep(5)
+                done, failures = run(system, callers, options.rounds,
+                                     random.Random(options.seed))
+            finally:
+                callers.finish()
+            failures += account(callers, done, system.postgres.url,
+                                     [system.consumer.log])
+    return "\n".join(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main() or 0)

@@ -1,0 +1,222 @@
+"""Losing a machine: a RabbitMQ cluster, and a PostgreSQL with a standby, under load.
+
+Run:    make failover    about four minutes
+
+Three RabbitMQ nodes with the mail queue on each of them, a primary with a synchronous
+standby, two APIs and two consumers, told of it by DATABASE_URL and BROKER_URL alone.
+The node that leads the mail queue is killed and comes back, a few times; then the
+primary is killed and the standby promoted.
+"""
+
+import argparse
+import json
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import load
+import servers as start
+from account import account
+from sink import Sink
+
+TOP = Path(__file__).parent.parent
+AIMS = {"broker": 3, "database": 2}     # seconds without a success
+
+
+# -- The machines ----------------------------------------------------------------------
+
+
+class Epmd(start.Server):
+    """Erlang's name server. All three nodes use it, so it is none of theirs."""
+
+    name = "epmd"
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.port = start.free_port()
+
+    def command(self):
+        return [start.find("epmd"), "-address", "127.0.0.1", "-port", str(self.port)]
+
+    def answers(self):
+        return start.says(self.port, b"\x00\x01n")
+
+
+class Node(start.RabbitMQ):
+    """One of three; they share the cookie in HOME and a list of all of them."""
+
+    def __init__(self, folder, number, epmd):
+        super().__init__(folder / f"node{number}")
+        self.nodename, self.name = f"node{number}@localhost", f"RabbitMQ {number}"
+        self.env |= {"HOME": str(folder), "ERL_EPMD_PORT": str(epmd.port),
+                     "RABBITMQ_NODENAME": self.nodename}
+        self.env["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += " +S 1:1 +sbwt none"
+        (self.folder / "rabbitmq.conf").write_text(
+            "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(
+                f"cluster_formation.classic_config.nodes.{n} = node{n}@localhost\n"
+                for n in (1, 2, 3)))
+
+    def command(self):
+        return [start.find("rabbitmq-server")]
+
+
+class Standby(start.Postgres):
+    """Follows the primary; every COMMIT there waits until it is written here, too."""
+
+    name = "PostgreSQL standby"
+
+    def __init__(self, folder, primary):
+        super().__init__(folder)
+        self.primary = primary
+
+    def create(self, new):
+        new.mkdir(mode=0o700)
+        if start.ROOT:
+            shutil.chown(new, "postgres", "postgres")
+        start.run([start.find("pg_basebackup"), "-D", new, "-d", self.primary.url,
+                   "--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast",
+                   "--create-slot", "--slot=standby"],
+                  cwd=new, env=self.env, **self.user)
+        new.rename(self.data)
+
+
+def cluster(folder, machines):
+    """Three nodes that know each other."""
+    cookie = folder / ".erlang.cookie"
+    cookie.write_text(secrets.token_hex(16))
+    cookie.chmod(0o400)
+    epmd = machines.enter_context(Epmd(folder))
+    nodes = [Node(folder, number, epmd) for number in (1, 2, 3)]
+    machines.enter_context(start.running(*nodes))
+    while len(json.loads(nodes[0].ctl("cluster_status", "--formatter", "json"))
+              ["running_nodes"]) < 3:
+        time.sleep(0.5)
+    return nodes
+
+
+def replicated(folder, machines):
+    """A primary with the schema, and its synchronous standby."""
+    primary = machines.enter_context(start.Postgres(folder / "primary"))
+    primary.psql((TOP / "sql/schema.sql").read_text())
+    standby = machines.enter_context(Standby(folder / "standby", primary))
+    primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+    primary.psql("SELECT pg_reload_conf()")
+    load.steps.wait_until(lambda: primary.psql(
+        "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+    return primary, standby
+
+
+def programs(folder, machines, settings, urls):
+    """Two of each; the second ones try the broker's hosts in another order."""
+    apis, consumers = [], []
+    for number in (0, 1):
+        env = settings | {"BROKER_URL": ";".join(urls[number:] + urls[:number])}
+        place = folder / f"program{number}"
+        apis.append(machines.enter_context(start.Gunicorn(place, env)))
+        consumers.append(machines.enter_context(start.Consumer(place, env)))
+    return apis, consumers
+
+
+# -- The run ---------------------------------------------------------------------------
+
+
+def leader_of(nodes):
+    """The node that leads the mail queue; RuntimeError if not all three have it."""
+    node = next(node for node in nodes if node.alive())
+    queues = json.loads(node.ctl("list_queues", "--formatter", "json",
+                                 "name", "leader", "members"))
+    [queue] = [queue for queue in queues if queue["name"] == "mail"]
+    if len(queue["members"]) < 3:
+        raise RuntimeError(f"the mail queue is on {queue['members']} only")
+    return next(node for node in nodes if node.nodename == queue["leader"])
+
+
+def lose_leader(callers, nodes, faults):
+    """Kills the mail queue's leader, and starts it again after a while."""
+    leader = leader_of(nodes)
+    faults.append(load.Fault("mail queue's leader killed", False))
+    with faults[-1].under(callers):
+        leader.kill()
+    time.sleep(5)
+    gap = print_gaps(callers, faults[-1].began, f"after {leader.name} died")
+    faults.append(load.Fault("it comes back", False))
+    with faults[-1].under(callers):
+        leader.start()
+    time.sleep(5)
+    print_gaps(callers, faults[-1].began, "while it comes back")
+    return gap
+
+
+def lose_primary(callers, primary, standby, faults, pause):
+    """Kills the primary; after a pause somebody promotes the standby."""
+    faults.append(load.Fault("primary killed, standby promoted", True))
+    with faults[-1].under(callers):
+        primary.kill()
+        time.sleep(pause)
+        promoted = time.time()
+        standby.psql("SELECT pg_promote()")
+    time.sleep(5)
+    return print_gaps(callers, promoted, f"since the promotion {pause:.1f} s later")
+
+
+def print_gaps(callers, since, text):
+    """The longest time without a success, from an instant until now; in seconds."""
+    gaps = []
+    for action in ("register", "activate"):
+        instants = sorted(request.ended for request in callers.successes(action)
+                          if request.ended > since)
+        gaps.append(max(after - before for before, after in
+                        pairwise([since, *instants, time.time()])))
+    load.say(f"longest gap without a success {text}: register {gaps[0]:.1f} s, "
+             f"activate {gaps[1]:.1f} s")
+    return max(gaps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="how often a leader dies")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000))
+    options = parser.parse_args()
+    load.say(f"seed {options.seed}")
+    start.install_missing((start.Postgres, start.RabbitMQ))
+    faults, chance = [], random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="reg-") as name, ExitStack() as machines:
+        folder = Path(name)
+        folder.chmod(0o755)     # PostgreSQL runs as another user
+        mail = machines.enter_context(Sink(folder))
+        primary, standby = replicated(folder, machines)
+        nodes = cluster(folder, machines)
+        settings = load.SETTINGS | {
+            "DATABASE_URL": f"postgresql://registration@127.0.0.1:{primary.port},"
+            f"127.0.0.1:{standby.port}/registration?target_session_attrs=read-write",
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), "TMPDIR": name}
+        apis, consumers = programs(folder, machines, settings, [n.url for n in nodes])
+
+        callers = load.Load(apis, mail, options.seed, rate=6)
+        callers.start()
+        try:
+            time.sleep(5)
+            calm = time.time()
+            time.sleep(10)
+            print_gaps(callers, calm, "while nothing happens")
+            gaps = [("broker", lose_leader(callers, nodes, faults))
+                    for _ in range(options.rounds)]
+            gaps.append(("database", lose_primary(
+                callers, primary, standby, faults, chance.uniform(0.5, 3))))
+        finally:
+            callers.finish()
+        failures = account(callers, faults, settings["DATABASE_URL"],
+                                 [consumer.log for consumer in consumers])
+    failures += [f"the {server}'s gap of {gap:.1f} s is over {AIMS[server]} s"
+                 for server, gap in gaps if gap > AIMS[server]]
+    return "\n".join(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main() or 0)

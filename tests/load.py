@@ -1,0 +1,207 @@
+"""Steady load on the whole system, while chaos.py and failover.py do harm to it.
+
+Load is the callers: they note each request and its answer, and what was mailed to them.
+Fault notes what was done and when. account.py draws the balance.
+"""
+
+import heapq
+import http.client
+import itertools
+import json
+import random
+import secrets
+import threading
+import time
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import conftest
+import steps
+
+LIFETIME = 20       # seconds a code lives: most outages are shorter
+PATIENCE = 5        # seconds within which everything has to be answered
+CLIENTS = 12        # threads: while some wait for a slow answer, others go on
+SETTINGS = conftest.SETTINGS | {"CODE_LIFETIME": str(LIFETIME)}
+
+
+def say(text):
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+# -- The callers -----------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    action: str           # register or activate
+    email: str
+    password: str
+    code: str | None      # what was sent to activate
+    began: float          # seconds since 1970, like all times here
+    ended: float
+    status: int | None    # None: no answer at all
+
+    def caused(self, instant):
+        """Whether a change of this instant, now() of its transaction, is this one's."""
+        return instant is not None and self.began <= instant <= self.ended
+
+    @property
+    def seconds(self):
+        return self.ended - self.began
+
+
+class Load:
+    """Callers who register, activate and err; rate: so many new ones a second."""
+
+    def __init__(self, services, sink, seed, rate=3.5):
+        self.services, self.sink, self.rate = services, sink, rate
+        self.random = random.Random(seed)
+        self.requests = []                  # a list takes append() from any thread
+        self.mails = defaultdict(list)      # of an address, in the order of arrival
+        self.number = itertools.count()
+        self.stopping = threading.Event()
+        self.threads = [threading.Thread(target=self.call) for _ in range(CLIENTS)]
+        self.reader = threading.Thread(target=self.read_mails, daemon=True)
+
+    def start(self):
+        for thread in [self.reader, *self.threads]:
+            thread.start()
+
+    def finish(self):
+        """No new callers; returns when the last has done what it wanted."""
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+        time.sleep(3)     # the last confirmations
+
+    def read_mails(self):
+        with open(self.sink.record) as file:
+            while True:
+                for line in iter(file.readline, ""):
+                    mail = SimpleNamespace(**json.loads(line))
+                    self.mails[mail.to].append(mail)
+                time.sleep(0.05)
+
+    def call(self):
+        """A thread of callers: each goes on when its pause is over, and others come."""
+        agenda, new = [], time.time() + self.random.random()
+        while agenda or not self.stopping.is_set():
+            now = time.time()
+            if now > new and not self.stopping.is_set():
+                heapq.heappush(agenda, (now, next(self.number), self.story()))
+                new = now + self.random.expovariate(self.rate / CLIENTS)
+            elif agenda and now > agenda[0][0]:
+                story = heapq.heappop(agenda)[2]
+                with suppress(StopIteration):
+                    pause = next(story)
+                    when = time.time() + pause
+                    heapq.heappush(agenda, (when, next(self.number), story))
+            else:
+                time.sleep(0.02)
+
+    def story(self):
+        """What one caller does; yields its pauses in seconds."""
+        chance, email = self.random.random, steps.fresh_email()
+        if chance() < 0.03:
+            return self.register(email, "short")        # 422
+        registration = yield from self.insist(self.register, email, new_password())
+        if registration and chance() < 0.05:            # the older pair is dead now
+            yield 2
+            registration = yield from self.insist(self.register, email, new_password())
+        if not registration:
+            return
+        while not (mail := self.mail_of(registration)):
+            if time.time() > registration.ended + LIFETIME:
+                return
+            yield 0.2
+        if chance() < 0.1:                              # it stays waiting
+            return
+        password, code = registration.password, mail.code
+        if chance() < 0.05:
+            self.activate(email, password, steps.wrong(code))    # 422
+        if chance() < 0.05:
+            self.activate(email, new_password(), code)           # 401
+        if (yield from self.insist(self.activate, email, password, code)):
+            if chance() < 0.05:
+                self.activate(email, password, code)             # 409
+            if chance() < 0.05:
+                self.register(email, new_password())             # 202, and a notice
+
+    def insist(self, act, *arguments):
+        """Repeats what got 503 or no answer, or lets it be: then nothing may be kept.
+
+        Returns the request that ended well, or None.
+        """
+        while (request := act(*arguments)).status in (503, None):
+            if self.random.random() < 0.5:
+                return
+            yield 2                                     # as Retry-After says
+        return request if request.status in (200, 202, 409) else None
+
+    def register(self, email, password):
+        return self.ask("register", email, password, None, lambda service:
+                        steps.register(service, email, password))
+
+    def activate(self, email, password, code):
+        return self.ask("activate", email, password, code, lambda service:
+                        steps.activate(service, email, code, password))
+
+    def ask(self, action, email, password, code, send):
+        began, status = time.time(), None
+        with suppress(OSError, http.client.HTTPException):
+            status = send(self.random.choice(self.services)).status
+        request = Request(action, email, password, code, began, time.time(), status)
+        self.requests.append(request)
+        return request
+
+    def mail_of(self, request):
+        """The mail of a registration, or None; in mails it has whole seconds only."""
+        return next((mail for mail in self.mails[request.email] if mail.code
+                     and int(request.began) <= mail.issued <= request.ended), None)
+
+    def successes(self, action, since=0):
+        return [request for request in self.requests.copy() if request.action == action
+                and request.began >= since and request.status in (200, 202)]
+
+    def works_since(self, instant):
+        """When both endpoints and the mail had worked after it, or None: not yet."""
+        firsts = [min((request.ended for request in self.successes(action, instant)),
+                      default=None) for action in ("register", "activate")]
+        firsts.append(min((mail.arrived for mails in list(self.mails.values())
+                           for mail in mails if mail.arrived > instant), default=None))
+        return None if None in firsts else max(firsts)
+
+
+def new_password():
+    return secrets.token_hex(8)
+
+
+# -- Faults ----------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    name: str
+    of_database: bool     # so the answer to a COMMIT may be lost
+    began: float = 0
+    ended: float = 0      # the servers answer again
+    healed: float = 0     # so does the whole system
+
+    @contextmanager
+    def under(self, load, patience=60):
+        """Takes the times of a fault that is done and undone in the block."""
+        self.began = time.time()
+        yield
+        self.ended = time.time()
+        while not (healed := load.works_since(self.ended)):
+            if time.time() > self.ended + patience:
+                raise RuntimeError(f"{self.name}: not healed after {patience} s")
+            time.sleep(0.1)
+        self.healed = healed
+        say(f"{self.name}: {self.ended - self.began:.1f} s, "
+            f"healed {healed - self.ended:.1f} s later")
+
+
+CALM = Fault("(before the first)", False)

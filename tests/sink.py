@@ -1,0 +1,59 @@
+"""A mail server that can be killed: a process of its own, whose record outlives it.
+
+chaos.py and failover.py use it. The record is a file with a line of JSON for each mail:
+when it arrived, to whom, its subject and Message-ID, its code and when that was issued.
+"""
+
+import calendar
+import json
+import re
+import sys
+import threading
+import time
+from email import message_from_bytes
+from email.policy import default
+
+import servers as start
+from smtp import SmtpServer
+
+
+class Sink(start.Server):
+    """Started, killed and stopped like the other servers."""
+
+    name = "mail server"
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.port, self.record = start.free_port(), self.folder / "mails"
+        self.record.touch()
+
+    def command(self):
+        return [sys.executable, __file__, str(self.port), self.record]
+
+    def answers(self):
+        return start.says(self.port)
+
+
+class Record:
+    """Takes the place of SmtpServer's list of mails."""
+
+    def __init__(self, path):
+        self.file = open(path, "ab", buffering=0)   # lines are whole
+
+    def append(self, mail):
+        message = message_from_bytes(mail.content, policy=default)
+        text = message.get_body(["plain"]).get_content().replace("\r", "")
+        issued = re.search("[0-9:]{8} UTC on [0-9]+ [A-Z][a-z]+ [0-9]{4}", text)
+        self.file.write(json.dumps({
+            "arrived": time.time(), "to": mail.recipients[0],
+            "subject": message["Subject"], "id": message["Message-ID"],
+            "code": issued and re.search("^[0-9]{4}$", text, re.M)[0],
+            "issued": issued and calendar.timegm(
+                time.strptime(issued[0], "%H:%M:%S UTC on %d %B %Y")),
+        }).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    server = SmtpServer(int(sys.argv[1]))
+    server.mails = Record(sys.argv[2])
+    threading.Event().wait()

@@ -64,7 +64,7 @@ if SMTP_TLS not in ("none", "starttls", "tls"):
 
 SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
 RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
-PREFETCH = 50         # unsettled jobs at once: those that wait for a retry hold up no other
+PREFETCH = 50         # unsettled jobs: one that waits for a retry holds up no other
 STOP_WITHIN = 8       # seconds from SIGTERM to the end, whatever hangs
 NAME, SENDER = parseaddr(MAIL_FROM)
 FROM = formataddr((NAME, SENDER))   # RFC 2047 for a name beyond ASCII
@@ -76,7 +76,7 @@ log = logging.getLogger("consumer")
 # -- Topology: the same lines stand in service.py --------------------------------------
 
 DEAD_QUEUE = Queue("mail.dead", queue_arguments={
-    "x-queue-type": "quorum",               # on disk, and on several nodes where there are
+    "x-queue-type": "quorum",               # on disk, and on several nodes if there are
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
     "x-max-length": 10_000})                # then the oldest go
 MAIL_QUEUE = Queue("mail", queue_arguments={
@@ -187,7 +187,7 @@ def log_job(outcome, message_id, error=None):
 
 # -- SMTP ------------------------------------------------------------------------------
 
-smtp = None                 # the open session; a mail over a new one takes 10 times as long
+smtp = None                 # the open session; opening one takes longer than ten mails
 
 
 def send(mail, address):
@@ -201,7 +201,8 @@ def connect():
     """A session, encrypted and logged in as the settings say."""
     tls = ssl.create_default_context()   # it verifies certificates
     if SMTP_TLS == "tls":
-        session = smtplib.SMTP_SSL(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT, context=tls)
+        session = smtplib.SMTP_SSL(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT,
+                                   context=tls)
     else:
         session = smtplib.SMTP(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT)
     if SMTP_TLS == "starttls":
@@ -269,8 +270,9 @@ def main():
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGALRM:
         signal.signal(number, stop)
     while not stopping:
-        connection = Connection(BROKER_URL, heartbeat=20, connect_timeout=2,
-                                transport_options={"read_timeout": 5, "write_timeout": 5})
+        connection = Connection(
+            BROKER_URL, heartbeat=20, connect_timeout=2,
+            transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
             connection.ensure_connection(max_retries=BROKER_URL.count(";"),
                                          interval_start=0, interval_step=0)

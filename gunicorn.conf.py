@@ -22,8 +22,8 @@ keepalive = 5
 control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
-# One line a request, in the logfmt of the rest. No path, query or header of the caller's:
-# service.py says which route it was and how it ended.
+# One line a request, in the logfmt of the rest. No path, query or header of the
+# caller's: service.py says which route it was and how it ended.
 accesslog = "-"
 access_log_format = ("event=request client=%(h)s method=%(m)s route=%({route}e)s "
                      "status=%(s)s outcome=%({outcome}e)s ms=%(M)s")

@@ -8,7 +8,7 @@ Run:    gunicorn service:app
 Read:   settings, topology, endpoints, the error handler, then each step in the order in
         which the endpoints take it; after that consumer.py
 Words:  waiting   registered, the code not yet sent back
-        pair      the password and the code of one registration; they live and die together
+        pair      password and code of one registration: they live and die together
         place     a seat in the short queue for the cores, with its own two connections
         job       the message that asks the consumer for one mail
 """
@@ -64,7 +64,7 @@ DATABASE_URL = setting("DATABASE_URL")
 BROKER_URL = setting("BROKER_URL")
 SECRET_KEY = setting("SECRET_KEY")
 CODE_LIFETIME = setting("CODE_LIFETIME", 60)               # seconds
-CODE_ATTEMPTS = setting("CODE_ATTEMPTS", 3)                # wrong codes until it is dead
+CODE_ATTEMPTS = setting("CODE_ATTEMPTS", 3)                # wrong ones until it is dead
 EMAIL_LIMIT_HOUR = setting("EMAIL_LIMIT_HOUR", 5)          # registrations per address
 EMAIL_LIMIT_DAY = setting("EMAIL_LIMIT_DAY", 20)
 ACTIVATE_LIMIT_HOUR = setting("ACTIVATE_LIMIT_HOUR", 100)  # NIST SP 800-63B, 5.2.2
@@ -79,13 +79,13 @@ PATIENCE = 3              # seconds a request waits for servers, all its waits t
 BROKER_TIMEOUT = 1        # seconds for each answer of the broker
 NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
 CORES = os.cpu_count()    # hashes at once on this machine
-PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL's default is 100
+PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL takes 100
 log = logging.getLogger("service")
 
 # -- Topology: the same lines stand in consumer.py -------------------------------------
 
 DEAD_QUEUE = Queue("mail.dead", queue_arguments={
-    "x-queue-type": "quorum",               # on disk, and on several nodes where there are
+    "x-queue-type": "quorum",               # on disk, and on several nodes if there are
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
     "x-max-length": 10_000})                # then the oldest go
 MAIL_QUEUE = Queue("mail", queue_arguments={
@@ -114,8 +114,7 @@ def register():
     429  too often, this address or this client
     503  cannot be taken now; nothing was kept
     """
-    fields = read_fields(email=canonical_email, password=canonical_password)
-    email, password = fields["email"], fields["password"]
+    email, password = read_fields(email=canonical_email, password=canonical_password)
     if names_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
     with place_in_queue() as place:
@@ -127,11 +126,8 @@ def register():
         code = f"{secrets.randbelow(10_000):04}"
         with transaction(place) as db:
             waiting = upsert_waiting(db, email, password_hash, digest(email, code))
-            if waiting:
-                publish(place, "code", email, waiting.expires_at, code=code,
-                        issued_at=waiting.issued_at)
-            else:
-                publish(place, "notice", email, time.time() + NOTICE_LIFETIME)
+            fields = {"code": code, **waiting._asdict()} if waiting else {}
+            publish(place, "code" if waiting else "notice", email, **fields)
     return {"message": "A mail is on its way to this address."}, 202
 
 
@@ -150,7 +146,7 @@ def activate():
     503  cannot be taken now; nothing was kept
     """
     email, password = read_credentials()
-    code = read_fields(code=four_digits)["code"]
+    code, = read_fields(code=four_digits)
     with place_in_queue() as place:
         count_request(place, ("activate client", client(), IP_LIMIT, 600),
                       ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
@@ -162,7 +158,7 @@ def activate():
         with transaction(place) as db:
             activated = spend_attempt(db, account, digest(email, code))
             if activated:
-                publish(place, "confirmation", email, time.time() + NOTICE_LIFETIME)
+                publish(place, "confirmation", email)
         # Outside of the transaction: raising in it would roll back the attempt that was
         # just counted, and all 10,000 codes could be tried.
         if not activated:
@@ -172,7 +168,7 @@ def activate():
 
 @app.get("/healthz")
 def healthz():
-    """200 when database and broker answer within a second, else 503 naming which not."""
+    """200 when database and broker answer within a second, else 503 naming which."""
     with health_lock:
         down = [server for server, ask in (
             ("database", lambda: execute(health.db(), "SELECT 1")),
@@ -199,7 +195,7 @@ PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
 
 @app.errorhandler(HTTPException)
 def problem(error):
-    """The HTTPException as problem+json; a list for its description is a 422's errors."""
+    """The HTTPException as problem+json; a list as description is a 422's errors."""
     kind, more = PROBLEMS.get(error.code, "other"), {"detail": error.description}
     if isinstance(error.description, list):
         kind, more = "invalid-fields", {
@@ -216,7 +212,7 @@ def problem(error):
 
 @app.after_request
 def finish(response):
-    """Keep the two endpoints' answers out of caches; tell the access log how it ended."""
+    """Keep the endpoints' answers out of caches; tell the access log how it ended."""
     request.environ.setdefault("outcome", "ok")
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
@@ -226,14 +222,14 @@ def finish(response):
 
 # -- Reading the request ---------------------------------------------------------------
 
-COMMON_PASSWORDS = CommonPasswordValidator().passwords   # 8,000 of 8 characters and more
+COMMON_PASSWORDS = CommonPasswordValidator().passwords   # 8,000 of 8 characters or more
 
 
 def read_fields(**checks):
-    """The named text fields of the JSON body, or 415, 413, 400 or 422.
+    """The named text fields of the JSON body in that order, or 415, 413, 400 or 422.
 
-    A check returns a text's canonical form or raises ValueError. Fields that nobody asked
-    for are ignored, and a body that is no object has none.
+    A check returns a text's canonical form or raises ValueError. Fields that nobody
+    asked for are ignored, and a body that is no object has none.
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
@@ -242,13 +238,14 @@ def read_fields(**checks):
         if len(body) > MAX_BODY:
             abort(413, "The body is over 4 KiB.")
         # int() refuses NaN and Infinity: json takes them, though they are not JSON.
-        body = json.loads(body.decode(), parse_constant=int, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError, ParseException) as error:   # the last: of chunks
+        body = json.loads(body.decode(), parse_constant=int,
+                          object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError, ParseException) as error:   # the last: chunks
         abort(400, f"The body is not JSON: {error}")
-    values, errors = {}, []
+    values, errors = [], []
     for field, check in checks.items():
         try:
-            values[field] = check(text_of(body, field))
+            values.append(check(text_of(body, field)))
         except ValueError as error:
             errors.append({"field": field, "detail": str(error)})
     if errors:
@@ -273,7 +270,7 @@ def text_of(body, field):
 
 
 def canonical_email(text):
-    """The one form in which an address is stored: ASCII, lower case, IDNA for the domain.
+    """The one form in which an address is stored: ASCII, lower case, IDNA domain.
 
     At most 254 characters (RFC 5321). Nothing is looked up: the mail is the proof.
     """
@@ -342,8 +339,8 @@ class Place:
     """A connection to each server, for one request at a time.
 
     They open when first used, so after gunicorn's fork, and anew where one died idle:
-    nothing comes unasked on either, so what makes it readable is its end. After an error
-    nothing is tried again: a COMMIT or publish without an answer may have happened.
+    nothing comes unasked on either, so what makes it readable is its end. After an
+    error nothing is tried again: a COMMIT or publish without answer may have happened.
     """
 
     def __init__(self):
@@ -354,9 +351,10 @@ class Place:
                 "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
 
     def db(self):
-        """The psycopg2 connection; autocommit, so a lone statement is one round trip."""
+        """The psycopg2 connection; autocommit: a lone statement is one round trip."""
         if self.session is None or ready(self.session, select.POLLIN, 0):
-            self.session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
+            self.session = psycopg2.connect(
+                DATABASE_URL, cursor_factory=NamedTupleCursor)
             self.session.autocommit = True
         return self.session
 
@@ -387,7 +385,7 @@ for _ in range(PLACES):
 
 @contextmanager
 def place_in_queue():
-    """A place, or 503 at once where none is free; an outage in the block is 503, too."""
+    """A place, or 503 at once if none is free; an outage in the block is a 503, too."""
     try:
         place = places.get_nowait()
     except queue.Empty:
@@ -414,14 +412,14 @@ def answers(ask):
 
 
 def ready(file, events, seconds):
-    """Whether a socket is readable or writable in time; select() ends at 1,024 files."""
+    """Whether a socket is readable or writable in time; select() ends at file 1,024."""
     poll = select.poll()
     poll.register(file, events)
     return poll.poll(max(0, seconds) * 1000)
 
 
 def wait_for_database(session):
-    """psycopg2's wait callback: the wait for a server that stalls ends at g.deadline."""
+    """psycopg2's wait callback: waiting for a server that stalls ends at g.deadline."""
     while (state := session.poll()) != psycopg2.extensions.POLL_OK:
         reading = state == psycopg2.extensions.POLL_READ
         if not ready(session, select.POLLIN if reading else select.POLLOUT,
@@ -433,8 +431,8 @@ psycopg2.extensions.set_wait_callback(wait_for_database)
 
 # -- Hashing ---------------------------------------------------------------------------
 
-# Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash names
-# its own parameters, so that it verifies after these were changed.
+# Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash
+# names its own parameters, so that it verifies after these were changed.
 hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
 NOBODYS_HASH = hasher.hash(secrets.token_urlsafe())
 turn = itertools.count()
@@ -488,7 +486,7 @@ def transaction(place):
         yield db
         if time.monotonic() > g.deadline:
             raise TimeoutError("too late to COMMIT")
-        g.deadline += 1   # a COMMIT that was sent may have happened: wait for its answer
+        g.deadline += 1   # a COMMIT once sent may have happened: wait for the answer
 
 
 def count_request(place, *limits):
@@ -550,10 +548,10 @@ def spend_attempt(db, account, code_digest):
     """
     row = execute(db, """
         UPDATE users
-           SET attempts     = attempts + (code_digest <> %(code_digest)s)::int,
-               activated_at = CASE WHEN code_digest = %(code_digest)s THEN now() END,
-               expires_at   = CASE WHEN code_digest <> %(code_digest)s THEN expires_at END,
-               code_digest  = CASE WHEN code_digest <> %(code_digest)s THEN code_digest END
+           SET attempts     = attempts + (code_digest <> %(given)s)::int,
+               activated_at = CASE WHEN code_digest = %(given)s THEN now() END,
+               expires_at   = CASE WHEN code_digest <> %(given)s THEN expires_at END,
+               code_digest  = CASE WHEN code_digest <> %(given)s THEN code_digest END
          WHERE email = %(email)s
            AND password_hash = %(password_hash)s
            AND activated_at IS NULL
@@ -561,21 +559,22 @@ def spend_attempt(db, account, code_digest):
            AND attempts < %(allowed)s
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
-        code_digest=code_digest, allowed=CODE_ATTEMPTS).fetchone()
+        given=code_digest, allowed=CODE_ATTEMPTS).fetchone()
     return bool(row and row.activated_at)
 
 
 # -- Publishing ------------------------------------------------------------------------
 
 
-def publish(place, template, email, expires_at, **fields):
+def publish(place, template, email, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    expires_at: seconds since 1970, when the mail has become useless. Mandatory: a queue
-    that is gone is then an error and not a mail that nobody misses.
+    expires_at, in seconds since 1970, is when the mail has become useless. Mandatory: a
+    queue that is gone is then an error and not a mail that nobody misses.
     """
+    job = {"template": template, "email": email,
+           "expires_at": time.time() + NOTICE_LIFETIME, **fields}
     Producer(place.channel()).publish(
-        {"template": template, "email": email, "expires_at": expires_at, **fields},
-        routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE], mandatory=True,
-        message_id=secrets.token_hex(16),
+        job, routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE],
+        mandatory=True, message_id=secrets.token_hex(16),
         timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)

@@ -132,12 +132,11 @@ def build(job, message_id):
     """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job."""
     if not job["email"].isprintable():
         raise ValueError("an address with control characters")
-    issued_at = job.get("issued_at", 0)
     head = (f"From: {FROM}\r\nTo: {job['email']}\r\nDate: {formatdate()}\r\n"
             f"Message-ID: <{message_id}@{SENDER.rpartition('@')[2]}>\r\n")
     body = MAILS[job["template"]].format(
-        **job, seconds=job["expires_at"] - issued_at,
-        issued=time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(issued_at)))
+        **job, seconds=job["expires_at"] - job["issued_at"], issued=time.strftime(
+            "%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"])))
     return (head + body).encode("ascii")
 
 

@@ -572,8 +572,9 @@ def publish(place, template, email, **fields):
     expires_at, in seconds since 1970, is when the mail has become useless. Mandatory: a
     queue that is gone is then an error and not a mail that nobody misses.
     """
-    job = {"template": template, "email": email,
-           "expires_at": time.time() + NOTICE_LIFETIME, **fields}
+    now = time.time()
+    job = {"template": template, "email": email, "issued_at": now,
+           "expires_at": now + NOTICE_LIFETIME, **fields}
     Producer(place.channel()).publish(
         job, routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE],
         mandatory=True, message_id=secrets.token_hex(16),

@@ -169,11 +169,13 @@ def activate():
 @app.get("/healthz")
 def healthz():
     """200 when database and broker answer within a second, else 503 naming which."""
-    with health_lock:
+    with health_lock:   # one check at a time, since it opens connections
+        place = Place()
         down = [server for server, ask in (
-            ("database", lambda: execute(health.db(), "SELECT 1")),
-            ("broker", lambda: MAIL_QUEUE.declare(channel=health.channel()))
+            ("database", lambda: execute(place.db(), "SELECT 1")),
+            ("broker", lambda: MAIL_QUEUE.declare(channel=place.channel()))
         ) if not answers(ask)]
+        place.drop()
     if down:
         abort(503, f"No answer from: {', '.join(down)}.", retry_after=2)
     return {"database": "ok", "broker": "ok"}
@@ -367,17 +369,14 @@ class Place:
             max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
         return self.broker.default_channel
 
-    def drop(self, error):
+    def drop(self):
         """Forget both connections; close() instead of collect() would wait for them."""
         self.session = None
         self.broker.collect()
-        reason = str(error).partition("\n")[0]   # PostgreSQL's further lines quote rows
-        log.warning("event=outage error=%s reason=%s",
-                    type(error).__name__, json.dumps(reason))
 
 
 OUTAGES = psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError
-health, health_lock = Place(), threading.Lock()
+health_lock = threading.Lock()
 places = queue.LifoQueue()
 for _ in range(PLACES):
     places.put(Place())
@@ -394,7 +393,8 @@ def place_in_queue():
     try:
         yield place
     except OUTAGES as error:
-        place.drop(error)
+        log_outage(error)
+        place.drop()
         abort(503, "A server that this needs does not answer.", retry_after=2)
     finally:
         places.put(place)
@@ -407,8 +407,14 @@ def answers(ask):
         ask()
         return True
     except OUTAGES as error:
-        health.drop(error)
+        log_outage(error)
         return False
+
+
+def log_outage(error):
+    """One line; without PostgreSQL's further ones, which quote rows."""
+    log.warning("event=outage error=%s reason=%s", type(error).__name__,
+                json.dumps(str(error).partition("\n")[0]))
 
 
 def ready(file, events, seconds):

@@ -358,6 +358,10 @@ class Place:
             self.session = psycopg2.connect(
                 DATABASE_URL, cursor_factory=NamedTupleCursor)
             self.session.autocommit = True
+            # Else what we gave up would go on in the server, with its locks.
+            execute(self.session, "SET statement_timeout = %(patience)s;"
+                    "SET idle_in_transaction_session_timeout = %(patience)s",
+                    patience=f"{PATIENCE}s")
         return self.session
 
     def channel(self):

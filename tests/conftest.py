@@ -5,6 +5,7 @@ instead; the others need to kill servers, so they always have their own.
 """
 
 import contextlib
+import json
 import os
 import tempfile
 import uuid
@@ -14,7 +15,9 @@ from types import SimpleNamespace
 import psycopg2
 import pytest
 import servers as start
+from jobs import consumers_of, delete_queues, take_job
 from smtp import SmtpServer
+from steps import fresh_email, register, wait_until
 
 TOP = Path(__file__).parent.parent
 
@@ -88,25 +91,55 @@ def start_service(servers, settings, service, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def new_broker(servers):
-    """Makes brokers apart from the others, virtual hosts in RabbitMQ; gives the URL."""
-    def make(name):
-        servers.rabbitmq.ctl("add_vhost", name)
-        servers.rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-        return servers.rabbitmq.url.removesuffix("/") + name
+def brokers(servers):
+    """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
+    names = ["queue", "mailer", "faults", "spare"]
+    everything = dict.fromkeys(["configure", "write", "read"], ".*")
+    file = Path(servers.folder) / "definitions.json"
+    file.write_text(json.dumps({
+        "vhosts": [{"name": name} for name in names],
+        "permissions": [{"user": "guest", "vhost": name} | everything
+                        for name in names]}))
+    servers.rabbitmq.ctl("import_definitions", str(file))
+    return {name: servers.rabbitmq.url.removesuffix("/") + name for name in names}
 
-    return make
+
+@pytest.fixture
+def broker(brokers):
+    """A broker without queues, for tests that start consumers of their own."""
+    delete_queues(brokers["spare"])
+    return brokers["spare"]
 
 
 @pytest.fixture
 def start_consumer(settings, tmp_path):
-    """Starts a consumer with settings of its own."""
+    """Starts a consumer with settings of its own; returns when it consumes."""
     with contextlib.ExitStack() as started:
         def start_it(**changes):
+            environment = settings | changes
+            before = consumers_of(environment["BROKER_URL"])
             folder = tmp_path / f"consumer{uuid.uuid4().hex}"
-            return started.enter_context(start.Consumer(folder, settings | changes))
+            consumer = started.enter_context(start.Consumer(folder, environment))
+            wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
+            return consumer
 
         yield start_it
+
+
+@pytest.fixture(scope="session")
+def queue(servers, settings, brokers):
+    """An API whose jobs nobody takes; .broker is their broker."""
+    folder = Path(servers.folder) / "queue"
+    with start.Gunicorn(folder, settings | {"BROKER_URL": brokers["queue"]}) as api:
+        api.broker = brokers["queue"]
+        yield api
+
+
+@pytest.fixture
+def job(queue):
+    """A job for a fresh address, as the API writes it, with a minute to live."""
+    assert register(queue, fresh_email()).status == 202
+    return take_job(queue.broker)
 
 
 @pytest.fixture

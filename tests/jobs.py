@@ -1,0 +1,73 @@
+"""What the tests do with the queues, as verbs. A broker is given as its URL."""
+
+import json
+import uuid
+from contextlib import contextmanager
+
+import amqp
+from kombu import Connection
+from steps import wait_until
+
+MAIL, DEAD = "mail", "mail.dead"
+
+
+@contextmanager
+def channel_to(broker):
+    connection = Connection(broker, connect_timeout=5,
+                            transport_options={"confirm_publish": True})
+    try:
+        yield connection.default_channel
+    finally:
+        connection.collect()
+
+
+def put(broker, job, **properties):
+    """Puts a job into the queue as service.py would; gives its message id."""
+    return put_raw(broker, json.dumps(job).encode(), **properties)
+
+
+def put_raw(broker, body, **properties):
+    properties = {"content_type": "application/json", "content_encoding": "utf-8",
+                  "delivery_mode": 2, "message_id": uuid.uuid4().hex} | properties
+    with channel_to(broker) as channel:
+        channel.basic_publish(amqp.Message(body, **properties), routing_key=MAIL,
+                              mandatory=True, confirm_timeout=10)
+    return properties["message_id"]
+
+
+def take(broker, queue=MAIL):
+    """Waits for a message and takes it out of the queue."""
+    with channel_to(broker) as channel:
+        return wait_until(lambda: channel.basic_get(queue, no_ack=True))
+
+
+def take_job(broker):
+    """The same, as the job that it is."""
+    return json.loads(take(broker).body)
+
+
+def waiting_in(broker, queue=MAIL):
+    """How many messages a queue has, without those that a consumer has in hand."""
+    with channel_to(broker) as channel:
+        return channel.queue_declare(queue, passive=True).message_count
+
+
+def consumers_of(broker):
+    """How many consumers the queue has; 0 where there is no queue."""
+    try:
+        with channel_to(broker) as channel:
+            return channel.queue_declare(MAIL, passive=True).consumer_count
+    except amqp.NotFound:
+        return 0
+
+
+def purge(broker):
+    with channel_to(broker) as channel:
+        for queue in MAIL, DEAD:
+            channel.queue_purge(queue)
+
+
+def delete_queues(broker):
+    with channel_to(broker) as channel:
+        for queue in MAIL, DEAD:
+            channel.queue_delete(queue)

@@ -146,7 +146,7 @@ def activate():
     503  cannot be taken now; nothing was kept
     """
     email, password = read_credentials()
-    code, = read_fields(code=four_digits)
+    [code] = read_fields(code=four_digits)
     with place_in_queue() as place:
         count_request(place, ("activate client", client(), IP_LIMIT, 600),
                       ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
@@ -379,7 +379,8 @@ class Place:
         self.broker.collect()
 
 
-OUTAGES = psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError
+OUTAGES = (psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError,
+           argon2.exceptions.HashingError, argon2.exceptions.VerificationError)
 health_lock = threading.Lock()
 places = queue.LifoQueue()
 for _ in range(PLACES):

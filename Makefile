@@ -3,6 +3,7 @@
 help:
 	@echo "make run     everything on this machine until Ctrl-C, data in .local/"
 	@echo "make test    the tests, with servers of their own"
+	@echo "make bench   how fast it is, ten minutes; nothing else should be running"
 	@echo "make chaos   ten minutes of load while servers and processes are killed"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 
@@ -17,6 +18,9 @@ chaos: .venv/complete
 
 failover: .venv/complete
 	.venv/bin/python tests/failover.py
+
+bench: .venv/complete
+	.venv/bin/python tests/bench.py
 
 # Made anew when the locks change. Debian ships venv without what it needs.
 .venv/complete: requirements.lock tests/requirements.lock

@@ -1,5 +1,7 @@
 """A bare `gunicorn service:app` is the production set-up."""
 
+import ctypes
+import gc
 import logging
 import os
 import sys
@@ -21,6 +23,23 @@ graceful_timeout = 8               # SIGTERM: exit within 10 seconds
 keepalive = 5
 control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8    # glibc's malloc.h
+
+
+def when_ready(server):
+    """What was loaded before the fork stays shared by the workers."""
+    gc.freeze()
+
+
+def post_fork(server, worker):
+    """Keep Argon2's 12 MiB for the next hash, in one arena: 61 MB a worker, not 230."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)           # musl has none
+    if mallopt:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 256 << 20)
+
 
 # One line a request, in the logfmt of the rest. No path, query or header of the
 # caller's: service.py says which route it was and how it ended.

@@ -1,0 +1,90 @@
+"""docs/load.svg, by hand: goodput and p99 as the offered load grows.
+
+Two panels above each other share the horizontal axis, in multiples of the capacity, on
+a logarithmic scale. The colours are read on white and on dark pages; no background.
+"""
+
+import math
+
+WIDTH, HEIGHT = 760, 520
+LEFT, RIGHT = 70, 740               # the panels' edges
+GOOD, ACCEPTED, SHED, GREY = "#2a9d5c", "#3b82d0", "#d9782d", "#808890"
+X_TICKS = 0.1, 0.2, 0.5, 1, 2, 5, 12
+Y_TICKS = 0.01, 0.03, 0.1, 0.3, 1, 3   # seconds
+
+
+def load(points, capacity):
+    """points: (offered a second, good a second, p99 of accepted, p99 of shed)."""
+    first, last = X_TICKS[0], X_TICKS[-1]
+    top = capacity * 1.25
+
+    def x(offered):
+        return LEFT + (RIGHT - LEFT) * math.log(offered / capacity / first) / math.log(
+            last / first)
+
+    def y_good(rate):
+        return 240 - 190 * rate / top
+
+    def y_seconds(seconds):
+        seconds = max(Y_TICKS[0], seconds)
+        return 470 - 160 * math.log(seconds / Y_TICKS[0]) / math.log(
+            Y_TICKS[-1] / Y_TICKS[0])
+
+    parts = [text(LEFT, 30, "Goodput: registrations accepted a second", weight="bold"),
+             text(LEFT, 290, "p99 of the answers", weight="bold")]
+    for tick in X_TICKS:
+        at = x(tick * capacity)
+        parts += [line(at, 50, at, 240), line(at, 310, at, 470),
+                  text(at, 490, f"{tick:g}×", anchor="middle")]
+    parts.append(text((LEFT + RIGHT) / 2, 512, "offered load, in multiples of the "
+                      f"capacity of {capacity:.0f} registrations/s", anchor="middle"))
+    step = 10 ** math.floor(math.log10(top / 2))
+    step *= 2 if top / step > 7 else 1
+    for rate in range(0, int(top) + 1, max(1, int(step))):
+        parts += [line(LEFT, y_good(rate), RIGHT, y_good(rate)),
+                  text(LEFT - 8, y_good(rate) + 4, str(rate), anchor="end")]
+    for seconds in Y_TICKS:
+        label = f"{seconds:g} s" if seconds >= 1 else f"{1000 * seconds:g} ms"
+        parts += [line(LEFT, y_seconds(seconds), RIGHT, y_seconds(seconds)),
+                  text(LEFT - 8, y_seconds(seconds) + 4, label, anchor="end")]
+
+    ideal = [(x(each), y_good(min(each, capacity))) for each in (
+        first * capacity, *(capacity * 2 ** (n / 8 - 3) for n in range(25)),
+        last * capacity)]
+    parts.append(curve(ideal, GREY, dashed=True))
+    parts.append(curve([(x(p[0]), y_good(p[1])) for p in points], GOOD))
+    parts.append(curve([(x(p[0]), y_seconds(p[2])) for p in points], ACCEPTED))
+    shed = [(x(p[0]), y_seconds(p[3])) for p in points if p[3] is not None]
+    parts.append(curve(shed, SHED))
+    parts += legend(270, 290, ACCEPTED, "accepted (202)")
+    parts += legend(420, 290, SHED, "shed (503, Retry-After)")
+    parts += legend(420, 30, GREY, "ideal: all, up to the capacity", dashed=True)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">',
+        *parts, "</svg>", ""])
+
+
+def text(x, y, content, anchor="start", weight="normal"):
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{GREY}" '
+            f'font-weight="{weight}">{content}</text>')
+
+
+def line(x1, y1, x2, y2):
+    return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+            f'stroke="{GREY}" stroke-opacity="0.3"/>')
+
+
+def curve(points, colour, dashed=False):
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    dots = "" if dashed else "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+        for x, y in points)
+    return (f'<polyline points="{path}" fill="none" stroke="{colour}" '
+            f'stroke-width="{1.5 if dashed else 2.5}"{dash}/>{dots}')
+
+
+def legend(x, y, colour, content, dashed=False):
+    return [curve([(x, y - 4), (x + 26, y - 4)], colour, dashed),
+            text(x + 34, y, content)]

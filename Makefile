@@ -6,6 +6,7 @@ help:
 	@echo "make bench   how fast it is, ten minutes; nothing else should be running"
 	@echo "make chaos   ten minutes of load while servers and processes are killed"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
+	@echo "make clock   whether the time of an answer tells who is registered"
 
 run: .venv/complete
 	@.venv/bin/python tests/servers.py
@@ -18,6 +19,9 @@ chaos: .venv/complete
 
 failover: .venv/complete
 	.venv/bin/python tests/failover.py
+
+clock: .venv/complete
+	.venv/bin/python tests/clock.py
 
 bench: .venv/complete
 	.venv/bin/python tests/bench.py
@@ -47,4 +51,4 @@ lock: .venv/complete
 LOCK = --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
 	--no-emit-find-links
 
-.PHONY: help run test chaos failover venv lock
+.PHONY: help run test chaos failover clock venv lock

@@ -430,7 +430,8 @@ def find(program):
     versions = glob.glob("/usr/lib/postgresql/*/bin")
     versions.sort(key=lambda path: float(path.split("/")[4]), reverse=True)
     return shutil.which(program, path=os.pathsep.join(
-        ["/usr/lib/rabbitmq/bin", *versions, os.environ.get("PATH", os.defpath)]))
+        ["/usr/lib/rabbitmq/bin", *versions, os.environ.get("PATH", os.defpath),
+         "/usr/sbin"]))
 
 
 def install_missing(servers=(Postgres, RabbitMQ, MailDev)):

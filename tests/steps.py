@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import re
+import socket
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,16 @@ def send_json(service, method, path, fields, headers=None):
     """The same with a JSON body."""
     return send(service, method, path, json.dumps(fields).encode(),
                 {"Content-Type": "application/json"} | (headers or {}))
+
+
+def connect(service, receive=None):
+    """A TCP connection to the service; receive: bytes that may wait on our side."""
+    url, connection = urlsplit(service.url), socket.socket()
+    if receive:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    connection.settimeout(10)
+    connection.connect((url.hostname, url.port))
+    return connection
 
 
 def register(service, email, password=PASSWORD, **headers):

@@ -60,8 +60,7 @@ def heals(system, email, code):
     """Whether the right pair comes to activate its account, and the mail is sent."""
     before = len(mails_to(system, email))
     wait_until(lambda: activate(system, email, code).status == 200)
-    wait_until(lambda: "active" in mails_to(system, email)[-1]["subject"])
-    return len(mails_to(system, email)) > before
+    return wait_until(lambda: len(mails_to(system, email)) > before)
 
 
 # -- The faults ------------------------------------------------------------------------
@@ -469,7 +468,8 @@ def test_it_finishes_the_mail_under_way_and_takes_no_more(
     answer = threading.Event()
     smtp.replies["DATA", job["email"]] = [answer]
     put(broker, job)
-    put(broker, job | {"email": fresh_email()})
+    for _ in range(60):
+        put(broker, job | {"email": fresh_email()})
     wait_until(lambda: smtp.held)
 
     consumer.process.send_signal(signal.SIGTERM)
@@ -477,7 +477,7 @@ def test_it_finishes_the_mail_under_way_and_takes_no_more(
 
     assert consumer.process.wait(10) == 0
     assert [mail.recipients for mail in smtp.mails] == [[job["email"]]]
-    wait_until(lambda: waiting_in(broker) == 1)
+    wait_until(lambda: waiting_in(broker) == 60)     # 61: its ack was lost on the way
 
 
 def test_it_loses_and_repeats_nothing_when_it_stops_under_load(

@@ -1,19 +1,12 @@
 """What no HTTP library would send: smuggling shapes, broken framing, slow clients."""
 
 import socket
-from urllib.parse import urlsplit
 
 import pytest
-from steps import fresh_email, register
+from steps import connect, fresh_email, register
 
 POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
         b"Content-Type: application/json\r\n")
-
-
-def connect(service):
-    """A TCP connection to the service."""
-    url = urlsplit(service.url)
-    return socket.create_connection((url.hostname, url.port), timeout=10)
 
 
 def answer_to(service, *pieces):

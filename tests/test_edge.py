@@ -1,0 +1,297 @@
+"""The nginx of docker-compose.yml, as it is configured there, before two real APIs."""
+
+import json
+import os
+import re
+import secrets
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import psycopg2
+import pytest
+import servers as start
+import yaml
+from steps import (PASSWORD, REGISTER, activate, at_once, code_mailed_to, connect,
+                   fresh_email, mails_to, problem_in, register, send, shown, wait_until)
+
+TOP = Path(__file__).parent.parent
+EDGE = yaml.safe_load((TOP / "docker-compose.yml").read_text())["services"]["edge"]
+POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
+        b"Content-Type: application/json\r\n")
+HIDDEN = b"DELETE /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+class Edge(start.Server):
+    """nginx; its first API takes everything, the other what that one does not."""
+
+    name = "the edge"
+
+    def __init__(self, folder, *apis):
+        super().__init__(folder)
+        self.port = start.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = self.folder / "edge.log"
+        self.first, self.second = [f"server 127.0.0.1:{api.port}" for api in apis]
+        self.env = {"PATH": f"{os.environ['PATH']}:/usr/sbin",
+                    "NGINX_CONF": self.moved(EDGE["environment"]["NGINX_CONF"])}
+
+    def moved(self, text):
+        """What Compose makes of a text, but with this folder, port and two APIs."""
+        for there, here in [
+                ("$$", "$"), ("/tmp/", f"{self.folder}/"),
+                ("listen 8080 ", f"listen 127.0.0.1:{self.port} "),
+                ("http://api:8000;", "http://apis;"),
+                ("  server {", f"  upstream apis {{ {self.first} max_fails=0; "
+                               f"{self.second} max_fails=0 backup; }}\n  server {{")]:
+            text = text.replace(there, here)
+        return text
+
+    def command(self):
+        return [self.moved(word) for word in EDGE["command"]]
+
+    def answers(self):
+        return start.responds(self.port, "/edge")
+
+
+start.PACKAGES[Edge] = {"nginx": "nginx"}
+
+
+@pytest.fixture(scope="module")
+def edge(servers, settings, service):
+    """The edge; .api is its first API and .spare the other."""
+    start.install_missing([Edge])
+    folder = Path(servers.folder) / "edge"      # as root, nginx works as somebody else
+    behind = settings | {"TRUSTED_PROXIES": "1"}
+    apis = start.Gunicorn(folder / "api", behind), start.Gunicorn(folder / "2", behind)
+    with start.running(*apis, Edge(folder, *apis)) as (api, spare, edge):
+        edge.api, edge.spare, edge.maildev_url = api, spare, service.maildev_url
+        yield edge
+
+
+@contextmanager
+def without(*apis):
+    """They are stopped in the block, and work again after it."""
+    for api in apis:
+        api.stop()
+    try:
+        yield
+    finally:
+        for api in apis:
+            api.start()
+
+
+def answer_to(edge, request):
+    """Sends bytes and reads until the edge closes; it gives up who closes first."""
+    with connect(edge) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def read(raw):
+    """The bytes of one answer, as send() gives it."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return SimpleNamespace(status=int(status.split()[1]), json=json.loads(body),
+                           headers=dict(line.split(": ") for line in lines))
+
+
+# -- The way through it ----------------------------------------------------------------
+
+
+def test_the_whole_flow_works_through_it(edge):
+    email = fresh_email()
+
+    accepted = register(edge, email)
+    done = activate(edge, email, code_mailed_to(edge, email))
+
+    assert (accepted.status, done.status) == (202, 200)
+
+
+def test_it_changes_nothing_of_an_answer(edge):
+    calls = [partial(register, email="nobody"), partial(activate, email="", code="1"),
+             partial(send, method="DELETE", path=REGISTER),
+             partial(send, method="POST", path=REGISTER, body=b" " * 9000,
+                     headers={"Content-Type": "application/json"})]
+
+    for call in calls:
+        direct, through = call(edge.api), call(edge)
+        for answer in (direct, through):
+            del answer.headers["Server"], answer.headers["Connection"]
+        assert shown(through) == shown(direct)
+
+
+def test_it_leads_to_the_docs_at_its_own_address(edge):
+    answer = send(edge, "GET", "/docs")
+
+    assert (answer.status, answer.headers["Location"]) == (308, f"{edge.url}/docs/")
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X_Forwarded_For", "Forwarded",
+                                    "X-Real-IP", "Client-IP"])
+def test_it_counts_its_client_whatever_that_claims_to_be(edge, database, header):
+    def counts():
+        return dict(database("""
+            SELECT subject, count FROM limits
+             WHERE name = 'register client' AND expires_at > now()"""))
+
+    before = counts()
+    for _ in range(3):
+        claim = "198.51.%d.%d" % tuple(secrets.token_bytes(2))
+        register(edge, fresh_email(), **{header: claim})
+
+    new = {client: count - before.get(client, 0) for client, count in counts().items()}
+    assert {client for client, count in new.items() if count} == {"127.0.0.1/32"}
+    assert new["127.0.0.1/32"] == 3
+
+
+# -- Slow clients ----------------------------------------------------------------------
+
+
+def test_it_answers_others_while_240_connections_trickle(edge):
+    """Each sends or reads one more byte for each of the others' requests."""
+    slow = {b"GET /edge HTTP/1.1\r\nConnection: close\r\nHost: abcdefghi\r\n\r\n": 204,
+            POST + b"Connection: close\r\nContent-Length: 20\r\n\r\n" + b" " * 20: 400}
+    trickling = [(connect(edge), request, status)
+                 for request, status in slow.items() for _ in range(80)]
+    readers = [connect(edge, receive=4096) for _ in range(80)]
+    for connection, request, _ in trickling:
+        connection.sendall(request[:-12])
+    for connection in readers:
+        connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.0\r\n\r\n")
+
+    statuses = []
+    for count in range(-12, -7):
+        for connection, request, _ in trickling:
+            connection.sendall(request[count:count + 1])
+        for connection in readers:
+            assert connection.recv(1)
+        statuses.append(register(edge, fresh_email()).status)
+
+    assert statuses == [202] * 5
+    for connection, request, status in trickling:     # they were open all the time
+        connection.sendall(request[-7:])
+        assert connection.makefile("rb").readline().split()[1] == b"%d" % status
+        connection.close()
+    for connection in readers:
+        assert len(connection.makefile("rb").read()) > 1_000_000
+        connection.close()
+
+
+# -- Its own errors --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_, status", [
+    (b"garbage\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),      # TLS
+    (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a\r\nb c: d\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 5000 + b"\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: aaaaaaaaa\r\n" * 1500 + b"\r\n", 400),
+    (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+    (POST + b"Content-Length: 20000\r\n\r\n" + b"a" * 20000, 413),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\n5000\r\n" + b"a" * 0x5000, 413),
+    (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
+    (b"GET / HTTP/3.0\r\nHost: a\r\n\r\n", 505)])
+def test_its_own_errors_are_problems_too(edge, request_, status):
+    answer = read(answer_to(edge, request_))
+
+    assert answer.status == status
+    assert problem_in(answer) in ("bad-request", "too-large", "other")
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
+    with without(edge.api, edge.spare):
+        refused = register(edge, fresh_email())
+    healed = register(edge, fresh_email())
+
+    assert (refused.status, problem_in(refused)) == (503, "unavailable")
+    assert refused.headers["Retry-After"] == "2"
+    assert healed.status == 202
+
+
+# -- An API that stops -----------------------------------------------------------------
+
+
+def test_it_asks_another_api_where_one_is_stopped(edge):
+    with without(edge.api):
+        statuses = [register(edge, fresh_email()).status for _ in range(5)]
+
+    assert statuses == [202] * 5
+
+
+def test_it_sends_a_request_once_even_if_the_api_dies(edge, servers, database):
+    email, holder = fresh_email(), psycopg2.connect(servers.postgres.url)
+    holder.cursor().execute("""
+        INSERT INTO users (email, password_hash, code_digest, expires_at)
+        VALUES (%s, '', sha256(''), now())""", [email])     # the API's waits for it
+
+    def kill_when_under_way():
+        wait_until(lambda: database("""
+            SELECT 1 FROM pg_stat_activity
+             WHERE wait_event_type = 'Lock' AND strpos(query, 'INTO users') > 0"""))
+        edge.api.kill()
+        holder.close()
+
+    answer, _ = at_once(partial(register, edge, email), kill_when_under_way)
+    edge.api.start()
+
+    assert (answer.status, problem_in(answer)) == (503, "unavailable")
+    assert not database("SELECT 1 FROM users WHERE email = %s", [email])
+    assert not mails_to(edge, email)
+
+
+# -- Smuggling -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_", [
+    POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Content-Length: 0\r\nContent-Length: 40\r\n\r\n" + HIDDEN,
+    POST + b"Content-Length: +0\r\n\r\n" + HIDDEN,
+    POST + b"Content-Length: 0, 0\r\n\r\n" + HIDDEN,
+    POST + b"Content-Length : 0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n" + HIDDEN,
+    POST + b"Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n" + HIDDEN,
+    POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n24\r\n" + HIDDEN
+    + b"\r\n0\r\n\r\n",
+    POST + b"Connection: close\r\nContent-Length: 36\r\n\r\n" + HIDDEN,
+    POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    + HIDDEN,
+    POST + b"A: b\r\r" + HIDDEN, POST + b"A: b\0\r\n\r\n" + HIDDEN,
+    b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n" + HIDDEN,
+    b"GET /%0d%0a%0d%0aDELETE%20/ HTTP/1.0\r\n\r\n",
+    b"GET /docs/?%0d%0a%0d%0aDELETE%20/ HTTP/1.0\r\n\r\n"])
+def test_no_request_reaches_the_api_inside_of_another(edge, request_):
+    before = len(edge.api.log.read_text())
+
+    answer = answer_to(edge, request_)
+    send(edge, "OPTIONS", "/")
+
+    told = wait_until(lambda: re.search(
+        "(?s).*method=OPTIONS", edge.api.log.read_text()[before:]))[0]
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert "method=DELETE" not in told
+
+
+# -- Its log ---------------------------------------------------------------------------
+
+
+def test_it_logs_nothing_of_what_a_stranger_sends(edge):
+    word, before = secrets.token_hex(8), len(edge.log.read_text())
+
+    with without(edge.api):      # which nginx reports, if its error log lets it
+        send(edge, "GET", f"/{word}?{word}", headers={"Referer": word, "Cookie": word})
+    register(edge, f"{word}@example.com", PASSWORD, X_Y=word)
+    answer_to(edge, f"GET /{word} HTTP/9.9\r\n{word}\r\n\r\n".encode())
+    answer_to(edge, f"{word} / HTTP/1.1\r\n{word}: x\r\n\r\n".encode())
+
+    wait_until(lambda: edge.log.read_text()[before:].count("event=edge") == 4)
+    assert word not in edge.log.read_text()

@@ -51,4 +51,4 @@ lock: .venv/complete
 LOCK = --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
 	--no-emit-find-links
 
-.PHONY: help run test chaos failover clock venv lock
+.PHONY: help run test chaos failover clock bench venv lock

@@ -58,14 +58,14 @@ SMTP_USERNAME = setting("SMTP_USERNAME", "")
 SMTP_PASSWORD = setting("SMTP_PASSWORD", "")
 SMTP_TLS = setting("SMTP_TLS", "none")
 MAIL_FROM = setting("MAIL_FROM")             # "a@b" or "Ann <a@b>"
-LOG_LEVEL = setting("LOG_LEVEL", "INFO")
+LOG_LEVEL = setting("LOG_LEVEL", "INFO").upper()
 if SMTP_TLS not in ("none", "starttls", "tls"):
     raise SystemExit("SMTP_TLS must be none, starttls or tls")
 
 SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
 RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
 PREFETCH = 50         # unsettled jobs: one that waits for a retry holds up no other
-STOP_WITHIN = 8       # seconds from SIGTERM to the end, whatever hangs
+STOP_WITHIN = 7       # seconds from SIGTERM to the end, whatever hangs
 NAME, SENDER = parseaddr(MAIL_FROM)
 FROM = formataddr((NAME, SENDER))   # RFC 2047 for a name beyond ASCII
 logging.Formatter.converter = time.gmtime
@@ -148,6 +148,8 @@ sent = deque(maxlen=1000)   # ids: at most PREFETCH acks are lost with a connect
 
 def on_message(message):
     """Settle a job, or put it aside: the table at the top."""
+    if stopping:
+        return None              # the broker delivers it to another
     message_id = message.properties.get("message_id")
     try:
         job = message.payload
@@ -262,6 +264,7 @@ def consume(connection):
         except socket.timeout:
             if not due:
                 disconnect()   # while idle, so that no session grows stale
+    MAIL_QUEUE.declare(channel=channel)   # its answer tells that our acks have arrived
 
 
 def main():

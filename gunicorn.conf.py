@@ -19,7 +19,7 @@ workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count())
 threads = 32
 preload_app = True                 # a wrong setting stops the start; memory is shared
 timeout = 30
-graceful_timeout = 8               # SIGTERM: exit within 10 seconds
+graceful_timeout = 7               # SIGTERM: exit within 10 seconds
 keepalive = 5
 control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -71,7 +71,8 @@ logconfig_dict = {
                    "stream": sys.stdout},
         "gunicorn": {"class": "logging.StreamHandler", "formatter": "gunicorn",
                      "filters": ["shorten"], "stream": sys.stdout}},
-    "root": {"level": os.environ.get("LOG_LEVEL") or "INFO", "handlers": ["logfmt"]},
+    "root": {"level": (os.environ.get("LOG_LEVEL") or "INFO").upper(),
+             "handlers": ["logfmt"]},
     "loggers": {
         "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False},
         "gunicorn.access": {"handlers": ["logfmt"], "propagate": False}},

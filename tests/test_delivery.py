@@ -350,7 +350,8 @@ def test_it_dead_letters_what_is_no_job(mailer, job, body):
     {"template": "other"}, {"template": None}, {"template": ["code"]},
     {"email": None}, {"email": 7}, {"email": ""}, {"email": {}},
     {"email": "ann@example.com\r\nBcc: eve@example.com"},
-    {"email": "\ud800@example.com"}, {"email": "ann\0@example.com"}, {"expires_at": None}, {"expires_at": "soon"},
+    {"email": "\ud800@example.com"}, {"email": "ann\0@example.com"},
+    {"expires_at": None}, {"expires_at": "soon"},
     {"expires_at": []}, {"expires_at": {}}, {"issued_at": "now"}, {"issued_at": None}])
 def test_it_dead_letters_a_job_with_a_value_that_makes_no_mail(mailer, job, changes):
     message_id = put(mailer.broker, job | changes)

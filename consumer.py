@@ -7,6 +7,7 @@ Run:    python consumer.py          as many as you like: they share the queue
 
 What becomes of a job, first match first. Each is settled once, by the last column:
 
+    a signal to stop has come                      leave it to others    (never)
     nothing can be made of it                      dead-letter it        reject
     this process sent it before, and then the
     connection broke, so it was delivered again    nothing more to do    ack

@@ -106,7 +106,7 @@ def test_it_answers_405_to_other_methods_and_names_the_right_one(service, method
 
 
 def test_it_takes_4096_bytes_and_answers_413_to_one_more(service):
-    (fits, body), (too_long, longer) = body_of(4096), body_of(4097)
+    (_, body), (_, longer) = body_of(4096), body_of(4097)
 
     accepted = send(service, "POST", REGISTER, body, JSON)
     refused = send(service, "POST", REGISTER, longer, JSON)
@@ -116,7 +116,7 @@ def test_it_takes_4096_bytes_and_answers_413_to_one_more(service):
 
 
 def test_it_counts_the_bytes_of_a_chunked_body_too(service):
-    (fits, body), (too_long, longer) = body_of(4096), body_of(4097)
+    (_, body), (_, longer) = body_of(4096), body_of(4097)
 
     # http.client sends what an iterator gives as chunks, without a Content-Length.
     accepted = send(service, "POST", REGISTER, iter([body[:10], body[10:]]), JSON)

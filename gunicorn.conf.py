@@ -41,11 +41,7 @@ def post_fork(server, worker):
         mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
-# One line a request, in the logfmt of the rest. No path, query or header of the
-# caller's: service.py says which route it was and how it ended.
-accesslog = "-"
-access_log_format = ("event=request client=%(h)s method=%(m)s route=%({route}e)s "
-                     "status=%(s)s outcome=%({outcome}e)s ms=%(M)s")
+# Everything in the one form, logfmt. service.py logs the requests itself.
 logging.Formatter.converter = time.gmtime
 
 
@@ -74,6 +70,5 @@ logconfig_dict = {
     "root": {"level": (os.environ.get("LOG_LEVEL") or "INFO").upper(),
              "handlers": ["logfmt"]},
     "loggers": {
-        "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False},
-        "gunicorn.access": {"handlers": ["logfmt"], "propagate": False}},
+        "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False}},
 }

@@ -22,13 +22,14 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import select
 import tempfile
 import threading
 import time
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import argon2
 import psycopg2
@@ -42,7 +43,7 @@ from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError
 from psycopg2.extras import NamedTupleCursor
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 # -- Settings: the environment, else .env ----------------------------------------------
@@ -117,17 +118,17 @@ def register():
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if names_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
-    with place_in_queue() as place:
-        count_request(place, ("register client", client(), IP_LIMIT, 600),
-                      ("register address hour", email, EMAIL_LIMIT_HOUR, 3600),
-                      ("register address day", email, EMAIL_LIMIT_DAY, 86400))
-        with core():
-            password_hash = hasher.hash(password)
-        code = f"{secrets.randbelow(10_000):04}"
-        with transaction(place) as db:
-            waiting = upsert_waiting(db, email, password_hash, digest(email, code))
-            fields = {"code": code, **waiting._asdict()} if waiting else {}
-            publish(place, "code" if waiting else "notice", email, **fields)
+    take_place()
+    count_request(("register client", client(), IP_LIMIT, 600),
+                  ("register address hour", email, EMAIL_LIMIT_HOUR, 3600),
+                  ("register address day", email, EMAIL_LIMIT_DAY, 86400))
+    with core():
+        password_hash = hasher.hash(password)
+    code = f"{secrets.randbelow(10_000):04}"
+    with transaction():
+        waiting = upsert_waiting(email, password_hash, digest(email, code))
+        fields = {"code": code, **waiting._asdict()} if waiting else {}
+        publish("code" if waiting else "notice", email, **fields)
     return {"message": "A mail is on its way to this address."}, 202
 
 
@@ -147,22 +148,22 @@ def activate():
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
-    with place_in_queue() as place:
-        count_request(place, ("activate client", client(), IP_LIMIT, 600),
-                      ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
-        account = select_account(place, email)
-        if not password_matches(account, password):
-            abort(401, "The address or the password is wrong.")
-        if account.activated_at:
-            abort(409, "The account is active already.")
-        with transaction(place) as db:
-            activated = spend_attempt(db, account, digest(email, code))
-            if activated:
-                publish(place, "confirmation", email)
-        # Outside of the transaction: raising in it would roll back the attempt that was
-        # just counted, and all 10,000 codes could be tried.
-        if not activated:
-            abort(422, "The code is wrong, expired, superseded or used up.")
+    take_place()
+    count_request(("activate client", client(), IP_LIMIT, 600),
+                  ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
+    account = select_account(email)
+    if not password_matches(account, password):
+        abort(401, "The address or the password is wrong.")
+    if account.activated_at:
+        abort(409, "The account is active already.")
+    with transaction():
+        activated = spend_attempt(account, digest(email, code))
+        if activated:
+            publish("confirmation", email)
+    # Outside of the transaction: raising in it would roll back the attempt that was just
+    # counted, and all 10,000 codes could be tried.
+    if not activated:
+        abort(422, "The code is wrong, expired, superseded or used up.")
     return {"message": "The account is active."}
 
 
@@ -171,10 +172,9 @@ def healthz():
     """200 when database and broker answer within a second, else 503 naming which."""
     with health_lock:   # one check at a time, since it opens connections
         place = Place()
-        down = [server for server, ask in (
-            ("database", lambda: execute(place.db(), "SELECT 1")),
-            ("broker", lambda: MAIL_QUEUE.declare(channel=place.channel()))
-        ) if not answers(ask)]
+        down = [server for server, opens in (("database", place.open_session),
+                                             ("broker", place.open_producer))
+                if not in_time(opens)]
         place.drop()
     if down:
         abort(503, f"No answer from: {', '.join(down)}.", retry_after=2)
@@ -208,17 +208,45 @@ def problem(error):
     response.content_type = "application/problem+json"
     if error.code == 401:
         response.headers["WWW-Authenticate"] = 'Basic realm="users", charset="UTF-8"'
-    request.environ["outcome"] = kind
+    g.outcome = kind
     return response
+
+
+def outage(error):
+    """A server that fails as a 503; whoever has the place next opens it anew."""
+    log_outage(error)
+    if "place" in g:
+        g.place.drop()
+    return problem(ServiceUnavailable("A server that this needs does not answer.",
+                                      retry_after=2))
+
+
+OUTAGES = (psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError,
+           argon2.exceptions.Argon2Error)
+for kind in OUTAGES:
+    app.register_error_handler(kind, outage)
+
+
+def log_outage(error):
+    """One line; without PostgreSQL's further ones, which quote rows."""
+    log.warning("event=outage error=%s reason=%s", type(error).__name__,
+                json.dumps(str(error).partition("\n")[0]))
+
+
+@app.before_request
+def begin():
+    """For the log."""
+    g.began, g.outcome = time.monotonic(), "ok"
 
 
 @app.after_request
 def finish(response):
-    """Keep the endpoints' answers out of caches; tell the access log how it ended."""
-    request.environ.setdefault("outcome", "ok")
+    """Keep the endpoints' answers out of caches, and log one line without any input."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
-    request.environ["route"] = request.url_rule.rule if request.url_rule else "-"
+    log.info("event=request client=%s method=%s route=%s status=%s outcome=%s ms=%.0f",
+             request.remote_addr, request.method, request.url_rule or "-",
+             response.status_code, g.outcome, 1000 * (time.monotonic() - g.began))
     return response
 
 
@@ -264,11 +292,10 @@ def unique_keys(pairs):
 
 def text_of(body, field):
     """A field of a JSON body that must be a string."""
-    if not isinstance(body, dict) or field not in body:
-        raise ValueError("is missing")
-    if not isinstance(body[field], str):
-        raise ValueError("must be a string")
-    return body[field]
+    text = body.get(field) if isinstance(body, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("must be there, as a string")
+    return text
 
 
 def canonical_email(text):
@@ -297,15 +324,14 @@ def canonical_password(text):
 
 def names_address(password, email):
     """Whether it is the address, however typed, or its local part."""
-    try:
-        return canonical_email(password) == email
-    except ValueError:
-        return password.lower() == email.partition("@")[0]
+    with suppress(ValueError):
+        password = canonical_email(password)
+    return password.lower() in (email, email.partition("@")[0])
 
 
 def four_digits(text):
-    """A code; isdigit() alone would take the digits of every script."""
-    if not (len(text) == 4 and text.isascii() and text.isdigit()):
+    """A code; isdigit() would take the digits of every script."""
+    if not re.fullmatch("[0-9]{4}", text):
         raise ValueError("must be four digits")
     return text
 
@@ -346,80 +372,76 @@ class Place:
     """
 
     def __init__(self):
-        self.session = None
+        self.session = self.producer = None
         self.broker = Connection(
             BROKER_URL, connect_timeout=BROKER_TIMEOUT, transport_options={
                 "confirm_publish": True,
                 "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
 
-    def db(self):
+    def open_session(self):
         """The psycopg2 connection; autocommit: a lone statement is one round trip."""
         if self.session is None or ready(self.session, select.POLLIN, 0):
             self.session = psycopg2.connect(
                 DATABASE_URL, cursor_factory=NamedTupleCursor)
             self.session.autocommit = True
             # Else what we gave up would go on in the server, with its locks.
-            execute(self.session, "SET statement_timeout = %(patience)s;"
-                    "SET idle_in_transaction_session_timeout = %(patience)s",
-                    patience=f"{PATIENCE}s")
+            self.session.cursor().execute(
+                "SET statement_timeout = %(patience)s;"
+                "SET idle_in_transaction_session_timeout = %(patience)s",
+                {"patience": f"{PATIENCE}s"})
         return self.session
 
-    def channel(self):
-        """The AMQP channel, in confirm mode; every host of BROKER_URL is tried once."""
-        if self.broker.connected and ready(
+    def open_producer(self):
+        """The kombu Producer, with confirms; each host of BROKER_URL is tried once."""
+        if self.producer is None or ready(
                 self.broker.connection.sock, select.POLLIN, 0):
             self.broker.collect()
-        self.broker.ensure_connection(
-            max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
-        return self.broker.default_channel
+            self.broker.ensure_connection(
+                max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
+            channel = self.broker.default_channel
+            DEAD_QUEUE.declare(channel=channel)
+            MAIL_QUEUE.declare(channel=channel)
+            self.producer = Producer(channel)
+        return self.producer
 
     def drop(self):
         """Forget both connections; close() instead of collect() would wait for them."""
-        self.session = None
+        self.session = self.producer = None
         self.broker.collect()
 
 
-OUTAGES = (psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError,
-           argon2.exceptions.HashingError, argon2.exceptions.VerificationError)
 health_lock = threading.Lock()
 places = queue.LifoQueue()
 for _ in range(PLACES):
     places.put(Place())
 
 
-@contextmanager
-def place_in_queue():
-    """A place, or 503 at once if none is free; an outage in the block is a 503, too."""
+def take_place():
+    """A place for the rest of this request, or 503 at once if none is free."""
     try:
-        place = places.get_nowait()
+        g.place = places.get_nowait()
     except queue.Empty:
-        abort(503, "Too many requests are under way.", retry_after=1)
+        abort(503, "Too many requests are under way.", retry_after=2)
     g.deadline = time.monotonic() + PATIENCE
-    try:
-        yield place
-    except OUTAGES as error:
-        log_outage(error)
-        place.drop()
-        abort(503, "A server that this needs does not answer.", retry_after=2)
-    finally:
-        places.put(place)
+    g.db = g.place.open_session()
 
 
-def answers(ask):
-    """Whether a server answers a question of healthz() within a second."""
+@app.teardown_request
+def leave_place(error):
+    """Give it back, however the request ended."""
+    if "place" in g:
+        places.put(g.place)
+
+
+def in_time(opens):
+    """Whether a server lets healthz() open a connection within a second."""
     g.deadline = time.monotonic() + 1
     try:
-        ask()
+        opens()
         return True
     except OUTAGES as error:
         log_outage(error)
         return False
-
-
-def log_outage(error):
-    """One line; without PostgreSQL's further ones, which quote rows."""
-    log.warning("event=outage error=%s reason=%s", type(error).__name__,
-                json.dumps(str(error).partition("\n")[0]))
 
 
 def ready(file, events, seconds):
@@ -479,34 +501,34 @@ def digest(email, code):
 # -- SQL: one function a statement, the only clock is now() ----------------------------
 
 
-def execute(db, statement, **values):
+def execute(statement, **values):
     """Execute a statement; its cursor has the rows."""
-    cursor = db.cursor()
+    cursor = g.db.cursor()
     cursor.execute(statement, values)
     return cursor
 
 
 @contextmanager
-def transaction(place):
+def transaction():
     """One state change: the SQL, then a publish with its confirm, then COMMIT.
 
     Whatever is raised in the block rolls back. No confirm, no COMMIT; the mail of a
     COMMIT that failed is harmless, since its code matches no row.
     """
-    with place.db() as db:
-        yield db
+    with g.db:
+        yield
         if time.monotonic() > g.deadline:
             raise TimeoutError("too late to COMMIT")
         g.deadline += 1   # a COMMIT once sent may have happened: wait for the answer
 
 
-def count_request(place, *limits):
+def count_request(*limits):
     """Count a request against each (name, subject, allowed, seconds), or 429.
 
     Committed at once, so it counts whatever becomes of the request.
     """
     names, subjects, allowed, seconds = map(list, zip(*limits))
-    counts = execute(place.db(), """
+    counts = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
         SELECT name, subject, 1, now() + seconds * interval '1 second'
           FROM unnest(%(names)s, %(subjects)s, %(seconds)s)
@@ -523,9 +545,9 @@ def count_request(place, *limits):
               retry_after=max(waits))
 
 
-def upsert_waiting(db, email, password_hash, code_digest):
+def upsert_waiting(email, password_hash, code_digest):
     """Write a pair, or replace the waiting one; None where the account is active."""
-    return execute(db, """
+    return execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
                 now() + %(lifetime)s * interval '1 second')
@@ -542,22 +564,22 @@ def upsert_waiting(db, email, password_hash, code_digest):
         lifetime=CODE_LIFETIME).fetchone()
 
 
-def select_account(place, email):
+def select_account(email):
     """The account of an address, or None."""
-    return execute(place.db(), """
+    return execute("""
         SELECT email, password_hash, activated_at
           FROM users
          WHERE email = %(email)s
         """, email=email).fetchone()
 
 
-def spend_attempt(db, account, code_digest):
+def spend_attempt(account, code_digest):
     """Check a code and count the attempt in one atomic step; whether it activated.
 
     The condition names the hash that was verified: once the address is registered anew,
     this pair is dead and the attempt touches nothing.
     """
-    row = execute(db, """
+    row = execute("""
         UPDATE users
            SET attempts     = attempts + (code_digest <> %(given)s)::int,
                activated_at = CASE WHEN code_digest = %(given)s THEN now() END,
@@ -577,7 +599,7 @@ def spend_attempt(db, account, code_digest):
 # -- Publishing ------------------------------------------------------------------------
 
 
-def publish(place, template, email, **fields):
+def publish(template, email, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
     expires_at, in seconds since 1970, is when the mail has become useless. Mandatory: a
@@ -586,7 +608,7 @@ def publish(place, template, email, **fields):
     now = time.time()
     job = {"template": template, "email": email, "issued_at": now,
            "expires_at": now + NOTICE_LIFETIME, **fields}
-    Producer(place.channel()).publish(
-        job, routing_key=MAIL_QUEUE.name, declare=[DEAD_QUEUE, MAIL_QUEUE],
-        mandatory=True, message_id=secrets.token_hex(16),
+    g.place.open_producer().publish(
+        job, routing_key=MAIL_QUEUE.name, mandatory=True,
+        message_id=secrets.token_hex(16),
         timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)

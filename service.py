@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import argon2
 import psycopg2
@@ -160,8 +160,8 @@ def activate():
         activated = spend_attempt(account, digest(email, code))
         if activated:
             publish("confirmation", email)
-    # Outside of the transaction: raising in it would roll back the attempt that was just
-    # counted, and all 10,000 codes could be tried.
+    # Outside of the transaction: raising in it would roll back the attempt that was
+    # just counted, and all 10,000 codes could be tried.
     if not activated:
         abort(422, "The code is wrong, expired, superseded or used up.")
     return {"message": "The account is active."}
@@ -170,14 +170,10 @@ def activate():
 @app.get("/healthz")
 def healthz():
     """200 when database and broker answer within a second, else 503 naming which."""
-    with health_lock:   # one check at a time, since it opens connections
-        place = Place()
-        down = [server for server, opens in (("database", place.open_session),
-                                             ("broker", place.open_producer))
-                if not in_time(opens)]
-        place.drop()
-    if down:
-        abort(503, f"No answer from: {', '.join(down)}.", retry_after=2)
+    with health_lock, closing(Place()) as place:   # one at a time: it opens connections
+        g.deadline = time.monotonic() + 1
+        place.open_session()
+        place.open_producer()
     return {"database": "ok", "broker": "ok"}
 
 
@@ -212,25 +208,24 @@ def problem(error):
     return response
 
 
+OUTAGES = {psycopg2.Error: "database", argon2.exceptions.Argon2Error: "memory",
+           AMQPError: "broker", MessageNacked: "broker", KombuError: "broker",
+           OSError: "broker"}
+
+
 def outage(error):
-    """A server that fails as a 503; whoever has the place next opens it anew."""
-    log_outage(error)
+    """The 503 of a server that fails; one log line says why."""
+    server = next(OUTAGES[kind] for kind in OUTAGES if isinstance(error, kind))
+    reason = json.dumps(str(error).partition("\n")[0])   # the next ones quote rows
+    log.warning("event=outage server=%s error=%s reason=%s", server,
+                type(error).__name__, reason)
     if "place" in g:
-        g.place.drop()
-    return problem(ServiceUnavailable("A server that this needs does not answer.",
-                                      retry_after=2))
+        g.place.close()
+    return problem(ServiceUnavailable(f"No answer from the {server}.", retry_after=2))
 
 
-OUTAGES = (psycopg2.Error, AMQPError, MessageNacked, KombuError, OSError,
-           argon2.exceptions.Argon2Error)
 for kind in OUTAGES:
     app.register_error_handler(kind, outage)
-
-
-def log_outage(error):
-    """One line; without PostgreSQL's further ones, which quote rows."""
-    log.warning("event=outage error=%s reason=%s", type(error).__name__,
-                json.dumps(str(error).partition("\n")[0]))
 
 
 @app.before_request
@@ -404,8 +399,8 @@ class Place:
             self.producer = Producer(channel)
         return self.producer
 
-    def drop(self):
-        """Forget both connections; close() instead of collect() would wait for them."""
+    def close(self):
+        """Forget both connections; kombu's close() would wait for the broker."""
         self.session = self.producer = None
         self.broker.collect()
 
@@ -431,17 +426,6 @@ def leave_place(error):
     """Give it back, however the request ended."""
     if "place" in g:
         places.put(g.place)
-
-
-def in_time(opens):
-    """Whether a server lets healthz() open a connection within a second."""
-    g.deadline = time.monotonic() + 1
-    try:
-        opens()
-        return True
-    except OUTAGES as error:
-        log_outage(error)
-        return False
 
 
 def ready(file, events, seconds):
@@ -518,7 +502,7 @@ def transaction():
     with g.db:
         yield
         if time.monotonic() > g.deadline:
-            raise TimeoutError("too late to COMMIT")
+            raise psycopg2.OperationalError("too late to COMMIT")
         g.deadline += 1   # a COMMIT once sent may have happened: wait for the answer
 
 

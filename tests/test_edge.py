@@ -32,6 +32,7 @@ class Edge(start.Server):
         super().__init__(folder)
         self.port = start.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.management = start.free_port()
         self.log = self.folder / "edge.log"
         self.first, self.second = [f"server 127.0.0.1:{api.port}" for api in apis]
         self.env = {"PATH": f"{os.environ['PATH']}:/usr/sbin",
@@ -42,9 +43,11 @@ class Edge(start.Server):
         for there, here in [
                 ("$$", "$"), ("/tmp/", f"{self.folder}/"),
                 ("listen 8080 ", f"listen 127.0.0.1:{self.port} "),
+                ("listen 15672;", f"listen 127.0.0.1:{self.management};"),
                 ("http://api:8000;", "http://apis;"),
-                ("  server {", f"  upstream apis {{ {self.first} max_fails=0; "
-                               f"{self.second} max_fails=0 backup; }}\n  server {{")]:
+                ("http://rabbitmq:15672;", "http://apis;"),
+                ("http {", f"http {{\n  upstream apis {{ {self.first} max_fails=0; "
+                           f"{self.second} max_fails=0 backup; }}")]:
             text = text.replace(there, here)
         return text
 
@@ -126,6 +129,14 @@ def test_it_leads_to_the_docs_at_its_own_address(edge):
     answer = send(edge, "GET", "/docs")
 
     assert (answer.status, answer.headers["Location"]) == (308, f"{edge.url}/docs/")
+
+
+def test_it_has_a_port_for_rabbitmqs_pages(edge):
+    pages = SimpleNamespace(url=f"http://127.0.0.1:{edge.management}")
+
+    answer = send(pages, "GET", "/healthz")     # here the API is what is behind it
+
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X_Forwarded_For", "Forwarded",

@@ -130,7 +130,10 @@ MAILS = {template: mime(*text) for template, text in TEXTS.items()}   # once: it
 
 
 def build(job, message_id):
-    """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job."""
+    """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job.
+
+    The Message-ID is the job's, so a mailbox can tell that a second copy is one.
+    """
     if not job["email"].isprintable():
         raise ValueError("an address with control characters")
     head = (f"From: {FROM}\r\nTo: {job['email']}\r\nDate: {formatdate()}\r\n"
@@ -223,7 +226,10 @@ def disconnect():
 
 
 def refused_for_good(error):
-    """Whether it is a 5xx for this mail, and not for the greeting, TLS or login."""
+    """Whether it is a 5xx for this mail, and not for the greeting, TLS or login.
+
+    Those are about our settings: somebody will mend them, and the job can wait.
+    """
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         [(error.smtp_code, _)] = error.recipients.values()
     about_mail = (smtplib.SMTPSenderRefused, smtplib.SMTPRecipientsRefused,
@@ -246,12 +252,17 @@ def stop(number, frame):
 
 
 def consume(connection):
-    """Take jobs until a signal or until the connection breaks."""
+    """Take jobs until a signal or until the connection breaks.
+
+    A plain loop: kombu's ConsumerMixin does not end while the broker is down, and
+    sends one more mail after SIGTERM.
+    """
     channel = connection.default_channel
     DEAD_QUEUE.declare(channel=channel)
     MAIL_QUEUE.declare(channel=channel)
     waiting.clear()   # the broker delivers them again
     Consumer(channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
+             # By default kombu acks what it cannot decode, and it would be gone.
              on_decode_error=lambda message, error: message.reject(),
              prefetch_count=PREFETCH, auto_declare=False).consume()
     log.info("event=consuming queue=%s", MAIL_QUEUE.name)
@@ -260,12 +271,18 @@ def consume(connection):
         due = waiting and waiting[0][0] <= time.monotonic()
         if due:
             on_message(waiting.popleft()[1])
-        try:
-            connection.drain_events(timeout=0 if due else RETRY_AFTER)
-        except socket.timeout:
-            if not due:
-                disconnect()   # while idle, so that no session grows stale
+        if not take_one(connection, 0 if due else RETRY_AFTER) and not due:
+            disconnect()   # while idle, so that no session grows stale
     MAIL_QUEUE.declare(channel=channel)   # its answer tells that our acks have arrived
+
+
+def take_one(connection, patience):
+    """Let on_message() have what comes within so many seconds; whether anything did."""
+    try:
+        connection.drain_events(timeout=patience)
+        return True
+    except socket.timeout:
+        return False
 
 
 def main():

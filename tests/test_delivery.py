@@ -317,6 +317,18 @@ def test_it_does_not_hold_up_others_for_one_that_is_greylisted(mailer, job):
     assert arrived(mailer.smtp, job["email"])
 
 
+def test_it_keeps_a_session_for_mails_in_a_row_and_ends_it_while_idle(
+        broker, start_consumer, smtp, job):
+    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+
+    for _ in range(5):
+        put(broker, job | {"email": fresh_email()})
+
+    wait_until(lambda: len(smtp.mails) == 5)
+    assert len({mail.client for mail in smtp.mails}) == 1
+    wait_until(lambda: not smtp.sessions)
+
+
 # -- What can never work ---------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ nothing; when it is over, everything works again by itself, with the same proces
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -143,12 +144,14 @@ def rows_of(servers, email):
         f"SELECT count(*) FROM users WHERE email = '{email}'"))
 
 
-def test_it_mails_no_live_code_for_a_registration_that_it_refused(servers, system):
+def test_it_mails_no_live_code_for_a_registration_that_it_refused(
+        servers, system, start_service):
+    api = start_service(BROKER_URL=system.broker, WEB_CONCURRENCY="1")
     email = fresh_email()
-    at_once(*[lambda: register(system, fresh_email())] * 8)     # connections are open
+    register(api, fresh_email())     # the connections are open, and used again
 
     with OUTAGES["broker paused"](servers):
-        assert register(system, email).status == 503
+        assert register(api, email).status == 503
 
     late_code = code_mailed_to(system, email)     # the broker found it in its socket
     assert activate(system, email, late_code).status == 401
@@ -167,6 +170,23 @@ def test_it_names_in_healthz_the_server_that_does_not_answer(
     wait_until(lambda: send(system, "GET", "/healthz").status == 200)
 
 
+def test_it_leaves_no_connection_of_a_health_check_open(start_service):
+    api = start_service(WEB_CONCURRENCY="1")
+    before = sockets_of(api)
+
+    healthy = [send(api, "GET", "/healthz").status for _ in range(20)]
+
+    assert healthy == [200] * 20
+    wait_until(lambda: sockets_of(api) <= before)
+
+
+def sockets_of(api):
+    [worker] = workers_of(api)
+    return sum(os.readlink(file).startswith("socket:")
+               for file in Path(f"/proc/{worker}/fd").iterdir()
+               if file.is_symlink())
+
+
 def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
     registered(system)
 
@@ -177,6 +197,66 @@ def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
 
     answers = [register(system, fresh_email()).status for _ in range(10)]
     assert answers == [202] * 10
+
+
+def test_it_keeps_nothing_when_the_broker_took_all_the_time(servers, start_service):
+    email = fresh_email()
+    with slow_way_to(servers.rabbitmq, 0.5) as url:     # eight answers until the confirm
+        api = start_service(BROKER_URL=url)
+
+        refused = timed(lambda: register(api, email))
+
+    assert refused_in_time(refused)
+    assert rows_of(servers, email) == 0
+
+
+@contextlib.contextmanager
+def slow_way_to(rabbitmq, seconds):
+    """A URL at which each answer of the broker takes so much longer."""
+    def relay(source, target, delay):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                time.sleep(delay)
+                target.sendall(data)
+
+    def accept():
+        with contextlib.suppress(OSError):     # the listener was closed
+            while True:
+                caller = listener.accept()[0]
+                broker = socket.create_connection(("127.0.0.1", rabbitmq.port))
+                for way in (caller, broker, 0), (broker, caller, seconds):
+                    threading.Thread(target=relay, args=way, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", start.free_port())) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        port = listener.getsockname()[1]
+        yield rabbitmq.url.replace(str(rabbitmq.port), str(port))
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_it_answers_503_while_there_is_no_memory_for_a_hash(servers, start_service):
+    api, email = start_service(WEB_CONCURRENCY="1"), fresh_email()
+    at_once(*[lambda: send(api, "GET", "/openapi.yaml")] * 64)     # its threads begin
+
+    with little_memory_for(*workers_of(api)):
+        refused = timed(lambda: register(api, email))
+
+    assert refused_in_time(refused)
+    assert rows_of(servers, email) == 0
+    assert register(api, email).status == 202
+
+
+@contextlib.contextmanager
+def little_memory_for(process):
+    """It gets 8 MiB more than it has: too little for Argon2's 12."""
+    status = Path(f"/proc/{process}/status").read_text()
+    size = 1024 * int(re.search(r"VmSize:\s+(\d+)", status)[1])
+    _, hard = limits = resource.prlimit(process, resource.RLIMIT_AS)
+    resource.prlimit(process, resource.RLIMIT_AS, (size + (8 << 20), hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_AS, limits)
 
 
 def test_it_answers_503_while_its_queue_is_full(servers, queue):

@@ -66,8 +66,9 @@ def service(request):
     servers = request.getfixturevalue("servers")
     settings = request.getfixturevalue("settings")
     folder = Path(servers.folder)
-    with start.running(start.Gunicorn(folder / "api", settings),
-                       start.Consumer(folder / "consumer", settings)) as (api, consumer):
+    processes = (start.Gunicorn(folder / "api", settings),
+                 start.Consumer(folder / "consumer", settings))
+    with start.running(*processes) as (api, consumer):
         api.maildev_url = f"http://127.0.0.1:{servers.maildev.web_port}"
         api.consumer = consumer
         yield api

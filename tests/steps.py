@@ -99,7 +99,7 @@ def wait_until(condition, seconds=20):
 
 
 def mails_to(service, email):
-    """All mails that MailDev has for an address, the oldest first, as MailDev's dicts."""
+    """All mails that MailDev has for an address, as its dicts, the oldest first."""
     maildev = SimpleNamespace(url=service.maildev_url)
     return send(maildev, "GET", f"/email?headers.to={quote(email)}").json
 

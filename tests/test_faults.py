@@ -201,7 +201,7 @@ def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
 
 def test_it_keeps_nothing_when_the_broker_took_all_the_time(servers, start_service):
     email = fresh_email()
-    with slow_way_to(servers.rabbitmq, 0.5) as url:     # eight answers until the confirm
+    with slow_way_to(servers.rabbitmq, 0.5) as url:    # eight answers until the confirm
         api = start_service(BROKER_URL=url)
 
         refused = timed(lambda: register(api, email))

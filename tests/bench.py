@@ -394,7 +394,7 @@ def delays(here, seconds):
             value <= aim)
 
 
-def accounts(here, seconds, rounds=5):
+def accounts(here, seconds, rounds=20):
     """Registrations one at a time, with a big table and with an empty one."""
     many, pairs, urls = OPTIONS.accounts, [], {}
     for name in "none", "many":
@@ -410,7 +410,7 @@ def accounts(here, seconds, rounds=5):
             here.outside.do("each", port=api.port, count=30)       # connections, caches
         for _ in range(rounds):
             value, limit = (median(here.outside.do(
-                "each", port=api.port, count=int(5 * seconds)).latencies)
+                "each", port=api.port, count=int(1.5 * seconds)).latencies)
                 for api in (some, none))
             pairs.append((1000 * value, 1000 * limit))
             say(f"registration p50: {1000 * value:.1f} ms with {many:,}, "

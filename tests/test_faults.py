@@ -199,15 +199,19 @@ def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
     assert answers == [202] * 10
 
 
-def test_it_keeps_nothing_when_the_broker_took_all_the_time(servers, start_service):
-    email = fresh_email()
-    with slow_way_to(servers.rabbitmq, 0.5) as url:    # eight answers until the confirm
-        api = start_service(BROKER_URL=url)
+def test_it_keeps_nothing_when_a_lock_and_the_broker_took_all_the_time(
+        servers, system, start_service):
+    email, code = registered(system)
 
-        refused = timed(lambda: register(api, email))
+    with slow_way_to(servers.rabbitmq, 0.25) as url, ThreadPoolExecutor() as threads:
+        api = start_service(BROKER_URL=url)     # eight answers until the confirm: 2 s
+        with row_locked(servers, email):
+            under_way = threads.submit(timed, lambda: register(api, email, ANOTHER))
+            time.sleep(1.5)
+        refused = under_way.result()
 
     assert refused_in_time(refused)
-    assert rows_of(servers, email) == 0
+    assert activate(system, email, code).status == 200     # the older pair
 
 
 @contextlib.contextmanager

@@ -230,13 +230,13 @@ for kind in OUTAGES:
 
 @app.before_request
 def begin():
-    """For the log."""
+    """What finish() will log."""
     g.began, g.outcome = time.monotonic(), "ok"
 
 
 @app.after_request
 def finish(response):
-    """Keep the endpoints' answers out of caches, and log one line without any input."""
+    """Keep the endpoints' answers out of caches; log no path, query or header."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
     log.info("event=request client=%s method=%s route=%s status=%s outcome=%s ms=%.0f",
@@ -355,7 +355,7 @@ def client():
     return str(ipaddress.ip_network((address.packed, prefix), strict=False))
 
 
-# -- Places: overload and outages become a 503 here ------------------------------------
+# -- Places: the short queue, and the connections to both servers ----------------------
 
 
 class Place:

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import smtplib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, median
 from types import SimpleNamespace
 
 import amqp
@@ -46,10 +46,6 @@ LOADS = 0.1, 0.3, 0.5, 0.7, 0.85, 1, 1.15, 1.5, 2, 3, 4.5, 6, 9, 12
 
 def say(text):
     print(f"{time.monotonic() - BEGIN:5.0f} s  {text}", file=sys.stderr, flush=True)
-
-
-def median(numbers):
-    return statistics.median(numbers)
 
 
 def percentile(numbers, percent):
@@ -196,7 +192,7 @@ def hash_limit(seconds):
                                 stdout=subprocess.PIPE, text=True)
                for _ in range(CORES)]
     results = [json.loads(worker.communicate()[0]) for worker in workers]
-    return sum(rate for rate, _ in results), statistics.mean(cpu for _, cpu in results)
+    return sum(rate for rate, _ in results), mean(cpu for _, cpu in results)
 
 
 def hash_for(seconds):
@@ -282,7 +278,7 @@ def registrations(here, seconds, rounds=10):
                               / eight.all["202"])
         active = ask(what="activate", clients=CLIENTS)
         limits.append(hash_limit(seconds / 5))
-        hashes, hash_cpu = map(statistics.mean, zip(*limits))
+        hashes, hash_cpu = map(mean, zip(*limits))
         cost["API"][-1] -= 1000 * hash_cpu
         hundred = ask(what="register", clients=CROWD, patient=True)
         rush = ask(what="register", clients=CROWD)

@@ -207,7 +207,7 @@ def test_it_keeps_nothing_when_a_lock_and_the_broker_took_all_the_time(
         api = start_service(BROKER_URL=url)     # eight answers until the confirm: 2 s
         with row_locked(servers, email):
             under_way = threads.submit(timed, lambda: register(api, email, ANOTHER))
-            time.sleep(1.5)
+            time.sleep(1.5)     # half of the time that the request has
         refused = under_way.result()
 
     assert refused_in_time(refused)

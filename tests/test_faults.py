@@ -15,6 +15,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
@@ -145,15 +146,16 @@ def rows_of(servers, email):
 
 
 def test_it_mails_no_live_code_for_a_registration_that_it_refused(
-        servers, system, start_service):
-    api = start_service(BROKER_URL=system.broker, WEB_CONCURRENCY="1")
+        system, start_service):
     email = fresh_email()
-    register(api, fresh_email())     # the connections are open, and used again
+    with slow_way_to(system.broker) as way:
+        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
+        register(api, fresh_email())     # the connection is open, and used again
+        way.seconds = 1.5
 
-    with OUTAGES["broker paused"](servers):
         assert register(api, email).status == 503
 
-    late_code = code_mailed_to(system, email)     # the broker found it in its socket
+    late_code = code_mailed_to(system, email)     # the broker has it: it had confirmed
     assert activate(system, email, late_code).status == 401
 
 
@@ -203,8 +205,9 @@ def test_it_keeps_nothing_when_a_lock_and_the_broker_took_all_the_time(
         servers, system, start_service):
     email, code = registered(system)
 
-    with slow_way_to(servers.rabbitmq, 0.25) as url, ThreadPoolExecutor() as threads:
-        api = start_service(BROKER_URL=url)     # eight answers until the confirm: 2 s
+    with slow_way_to(servers.rabbitmq.url) as way, ThreadPoolExecutor() as threads:
+        api = start_service(BROKER_URL=way.url)
+        way.seconds = 0.25     # eight answers until the confirm: 2 s
         with row_locked(servers, email):
             under_way = threads.submit(timed, lambda: register(api, email, ANOTHER))
             time.sleep(1.5)     # half of the time that the request has
@@ -215,26 +218,27 @@ def test_it_keeps_nothing_when_a_lock_and_the_broker_took_all_the_time(
 
 
 @contextlib.contextmanager
-def slow_way_to(rabbitmq, seconds):
-    """A URL at which each answer of the broker takes so much longer."""
-    def relay(source, target, delay):
+def slow_way_to(broker):
+    """A way, .url, on which each answer of the broker takes .seconds longer."""
+    def relay(source, target, slowly):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                time.sleep(delay)
+                time.sleep(way.seconds if slowly else 0)
                 target.sendall(data)
 
     def accept():
         with contextlib.suppress(OSError):     # the listener was closed
             while True:
                 caller = listener.accept()[0]
-                broker = socket.create_connection(("127.0.0.1", rabbitmq.port))
-                for way in (caller, broker, 0), (broker, caller, seconds):
-                    threading.Thread(target=relay, args=way, daemon=True).start()
+                server = socket.create_connection(("127.0.0.1", port))
+                for ends in (caller, server, False), (server, caller, True):
+                    threading.Thread(target=relay, args=ends, daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", start.free_port())) as listener:
+    port, free = urlsplit(broker).port, start.free_port()
+    way = SimpleNamespace(url=broker.replace(str(port), str(free)), seconds=0)
+    with socket.create_server(("127.0.0.1", free)) as listener:
         threading.Thread(target=accept, daemon=True).start()
-        port = listener.getsockname()[1]
-        yield rabbitmq.url.replace(str(rabbitmq.port), str(port))
+        yield way
         listener.shutdown(socket.SHUT_RDWR)
 
 

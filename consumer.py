@@ -23,32 +23,30 @@ import logging
 import os
 import signal
 import smtplib
-import socket
 import ssl
 import sys
 import time
 from collections import deque
-from email.message import EmailMessage
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from email.policy import SMTP
 from email.utils import formataddr, formatdate, parseaddr
 
 from amqp.exceptions import AMQPError
 from dotenv import load_dotenv
 from kombu import Connection, Consumer, Queue
+from kombu.common import eventloop
 from kombu.exceptions import KombuError
 
 # -- Settings: the environment, else .env ----------------------------------------------
 
 
 def setting(name, default=None):
-    """An environment variable as text or, like its default, as a whole number."""
+    """An environment variable; a whole number if its default is one."""
     text = os.environ.get(name) or default
-    if text is None:
-        raise SystemExit(f"{name} is not set; .env.example explains it")
-    try:
-        return type("" if default is None else default)(text)
-    except ValueError:
-        raise SystemExit(f"{name} must be a whole number, not {text!r}") from None
+    if text is None or isinstance(default, int) and not str(text).isdecimal():
+        raise SystemExit(f"{name} is missing or malformed; .env.example explains it")
+    return int(text) if isinstance(default, int) else text
 
 
 load_dotenv()
@@ -58,7 +56,7 @@ SMTP_PORT = setting("SMTP_PORT", 1025)
 SMTP_USERNAME = setting("SMTP_USERNAME", "")
 SMTP_PASSWORD = setting("SMTP_PASSWORD", "")
 SMTP_TLS = setting("SMTP_TLS", "none")
-MAIL_FROM = setting("MAIL_FROM")             # "a@b" or "Ann <a@b>"
+NAME, SENDER = parseaddr(setting("MAIL_FROM"))   # from "a@b" or "Ann <a@b>"
 LOG_LEVEL = setting("LOG_LEVEL", "INFO").upper()
 if SMTP_TLS not in ("none", "starttls", "tls"):
     raise SystemExit("SMTP_TLS must be none, starttls or tls")
@@ -67,8 +65,6 @@ SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
 RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
 PREFETCH = 50         # unsettled jobs: one that waits for a retry holds up no other
 STOP_WITHIN = 7       # seconds from SIGTERM to the end, whatever hangs
-NAME, SENDER = parseaddr(MAIL_FROM)
-FROM = formataddr((NAME, SENDER))   # RFC 2047 for a name beyond ASCII
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -88,45 +84,34 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 
 # -- The three mails -------------------------------------------------------------------
 
-TEXTS = {
-    "code": ("Your code", """\
-Hello,
-
-this is the code for your new account:
-
-{code}
-
-It was issued at {issued} and works for {seconds:.0f} seconds.
-If you asked more than once, only the newest code works.
-
-You did not ask for it? Then somebody mistyped an address: please ignore this mail."""),
-    "notice": ("You already have an account", """\
-Hello,
-
-somebody, probably you, has just tried to register this address.
-It has an active account already, and nothing about that account has changed.
-
-It was not you? Then there is nothing that you need to do."""),
-    "confirmation": ("Your account is active", """\
-Welcome!
-
-This address is confirmed, and your account is active."""),
-}
-
 
 def mime(subject, text):
-    """A mail in both forms, with its {fields} still to fill in."""
-    mail = EmailMessage()
-    mail["Subject"] = subject
+    """A mail in both forms with its {fields} still to fill in: making one is slow."""
+    paragraphs = html.escape(text).split("\n\n")
+    mail = MIMEMultipart("alternative", _subparts=[
+        MIMEText(text), MIMEText("".join(f"<p>{p}</p>\n" for p in paragraphs), "html")])
+    mail["From"], mail["To"], mail["Date"] = "{sender}", "{email}", "{date}"
+    mail["Subject"], mail["Message-ID"] = subject, "{message_id}"
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: nobody's robot shall answer
-    mail.set_content(text, cte="7bit")
-    mail.add_alternative("".join(f"<p>{html.escape(paragraph)}</p>\n"
-                                 for paragraph in text.split("\n\n")),
-                         subtype="html", cte="7bit")
     return mail.as_string(policy=SMTP)
 
 
-MAILS = {template: mime(*text) for template, text in TEXTS.items()}   # once: it is slow
+MAILS = {
+    "code": mime("Your code", """\
+This is the code for your new account:
+
+{code}
+
+It was issued at {issued} and works for {lifetime:.0f} seconds.
+If you asked more than once, only the newest code works.
+
+You did not ask for it? Then somebody mistyped an address: please ignore this mail."""),
+    "notice": mime("You already have an account", """\
+Somebody, probably you, has just tried to register this address.
+It has an active account already, and nothing about that account has changed."""),
+    "confirmation": mime("Your account is active", """\
+Welcome! This address is confirmed, and your account is active."""),
+}
 
 
 def build(job, message_id):
@@ -136,12 +121,11 @@ def build(job, message_id):
     """
     if not job["email"].isprintable():
         raise ValueError("an address with control characters")
-    head = (f"From: {FROM}\r\nTo: {job['email']}\r\nDate: {formatdate()}\r\n"
-            f"Message-ID: <{message_id}@{SENDER.rpartition('@')[2]}>\r\n")
-    body = MAILS[job["template"]].format(
-        **job, seconds=job["expires_at"] - job["issued_at"], issued=time.strftime(
-            "%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"])))
-    return (head + body).encode("ascii")
+    return MAILS[job["template"]].format(
+        **job, sender=formataddr((NAME, SENDER)), date=formatdate(),
+        message_id=f"<{message_id}@{SENDER.rpartition('@')[2]}>",
+        lifetime=job["expires_at"] - job["issued_at"], issued=time.strftime(
+            "%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))).encode("ascii")
 
 
 # -- One job ---------------------------------------------------------------------------
@@ -204,14 +188,11 @@ def send(mail, address):
 
 def connect():
     """A session, encrypted and logged in as the settings say."""
-    tls = ssl.create_default_context()   # it verifies certificates
-    if SMTP_TLS == "tls":
-        session = smtplib.SMTP_SSL(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT,
-                                   context=tls)
-    else:
-        session = smtplib.SMTP(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT)
+    tls = {"context": ssl.create_default_context()}   # it verifies certificates
+    kind, options = (smtplib.SMTP_SSL, tls) if SMTP_TLS == "tls" else (smtplib.SMTP, {})
+    session = kind(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT, **options)
     if SMTP_TLS == "starttls":
-        session.starttls(context=tls)
+        session.starttls(**tls)
     if SMTP_USERNAME:
         session.login(SMTP_USERNAME, SMTP_PASSWORD)
     return session
@@ -225,16 +206,18 @@ def disconnect():
     smtp = None
 
 
-def refused_for_good(error):
-    """Whether it is a 5xx for this mail, and not for the greeting, TLS or login.
+REFUSALS = (smtplib.SMTPSenderRefused, smtplib.SMTPRecipientsRefused,
+            smtplib.SMTPDataError)
 
-    Those are about our settings: somebody will mend them, and the job can wait.
+
+def refused_for_good(error):
+    """Whether it is a 5xx for this mail.
+
+    One for the greeting, TLS or login is about our settings: somebody will mend them.
     """
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         [(error.smtp_code, _)] = error.recipients.values()
-    about_mail = (smtplib.SMTPSenderRefused, smtplib.SMTPRecipientsRefused,
-                  smtplib.SMTPDataError)
-    return isinstance(error, about_mail) and error.smtp_code >= 500
+    return isinstance(error, REFUSALS) and error.smtp_code >= 500
 
 
 # -- The loop --------------------------------------------------------------------------
@@ -259,30 +242,22 @@ def consume(connection):
     """
     channel = connection.default_channel
     DEAD_QUEUE.declare(channel=channel)
-    MAIL_QUEUE.declare(channel=channel)
     waiting.clear()   # the broker delivers them again
     Consumer(channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
              # By default kombu acks what it cannot decode, and it would be gone.
              on_decode_error=lambda message, error: message.reject(),
-             prefetch_count=PREFETCH, auto_declare=False).consume()
+             prefetch_count=PREFETCH).consume()
     log.info("event=consuming queue=%s", MAIL_QUEUE.name)
     while not stopping:
         connection.heartbeat_check()
-        due = waiting and waiting[0][0] <= time.monotonic()
-        if due:
+        pause = waiting[0][0] - time.monotonic() if waiting else RETRY_AFTER
+        if pause <= 0:
             on_message(waiting.popleft()[1])
-        if not take_one(connection, 0 if due else RETRY_AFTER) and not due:
+        taken = list(eventloop(connection, limit=1, timeout=max(0, pause),
+                               ignore_timeouts=True))
+        if not taken and not waiting:
             disconnect()   # while idle, so that no session grows stale
     MAIL_QUEUE.declare(channel=channel)   # its answer tells that our acks have arrived
-
-
-def take_one(connection, patience):
-    """Let on_message() have what comes within so many seconds; whether anything did."""
-    try:
-        connection.drain_events(timeout=patience)
-        return True
-    except socket.timeout:
-        return False
 
 
 def main():
@@ -294,8 +269,8 @@ def main():
             BROKER_URL, heartbeat=20, connect_timeout=2,
             transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
-            connection.ensure_connection(max_retries=BROKER_URL.count(";"),
-                                         interval_start=0, interval_step=0)
+            connection.ensure_connection(
+                max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
             consume(connection)
         except (AMQPError, KombuError, OSError) as error:
             log.warning("event=outage error=%s", type(error).__name__)

@@ -5,19 +5,15 @@
     caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
 
 Run:    gunicorn service:app
-Read:   settings, topology, endpoints, the error handler, then each step in the order in
-        which the endpoints take it; after that consumer.py
+Read:   settings, topology, endpoints, then each step in the order in which they take it
 Words:  waiting   registered, the code not yet sent back
         pair      password and code of one registration: they live and die together
         place     a seat in the short queue for the cores, with its own two connections
         job       the message that asks the consumer for one mail
 """
 
-import base64
-import fcntl
 import hmac
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -25,11 +21,10 @@ import queue
 import re
 import secrets
 import select
-import tempfile
 import threading
 import time
 import unicodedata
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 
 import argon2
 import psycopg2
@@ -50,14 +45,11 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 
 def setting(name, default=None):
-    """An environment variable as text or, like its default, as a whole number."""
+    """An environment variable; a whole number if its default is one."""
     text = os.environ.get(name) or default
-    if text is None:
-        raise SystemExit(f"{name} is not set; .env.example explains it")
-    try:
-        return type("" if default is None else default)(text)
-    except ValueError:
-        raise SystemExit(f"{name} must be a whole number, not {text!r}") from None
+    if text is None or isinstance(default, int) and not str(text).isdecimal():
+        raise SystemExit(f"{name} is missing or malformed; .env.example explains it")
+    return int(text) if isinstance(default, int) else text
 
 
 load_dotenv()
@@ -76,10 +68,8 @@ if len(SECRET_KEY) < 32:
     raise SystemExit("SECRET_KEY must have at least 32 characters")
 
 MAX_BODY = 4096           # bytes
-PATIENCE = 3              # seconds a request waits for servers, all its waits together
-BROKER_TIMEOUT = 1        # seconds for each answer of the broker
+TIMEOUT = 1               # seconds for each answer of PostgreSQL and of RabbitMQ
 NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
-CORES = os.cpu_count()    # hashes at once on this machine
 PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL takes 100
 log = logging.getLogger("service")
 
@@ -98,7 +88,6 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1   # where werkzeug cuts a chunked body
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
@@ -119,16 +108,18 @@ def register():
     if names_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
     take_place()
-    count_request(("register client", client(), IP_LIMIT, 600),
-                  ("register address hour", email, EMAIL_LIMIT_HOUR, 3600),
-                  ("register address day", email, EMAIL_LIMIT_DAY, 86400))
-    with core():
+    count_request("register client", client(), IP_LIMIT, 600)
+    count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
+    count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
+    with hashing:
         password_hash = hasher.hash(password)
     code = f"{secrets.randbelow(10_000):04}"
-    with transaction():
+    with g.place.db:   # BEGIN, SQL, publisher confirm, COMMIT; ROLLBACK if one fails
         waiting = upsert_waiting(email, password_hash, digest(email, code))
-        fields = {"code": code, **waiting._asdict()} if waiting else {}
-        publish("code" if waiting else "notice", email, **fields)
+        if waiting:
+            publish("code", email, waiting.issued_at, CODE_LIFETIME, code=code)
+        else:
+            publish("notice", email, time.time(), NOTICE_LIFETIME)
     return {"message": "A mail is on its way to this address."}, 202
 
 
@@ -149,17 +140,17 @@ def activate():
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
     take_place()
-    count_request(("activate client", client(), IP_LIMIT, 600),
-                  ("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600))
+    count_request("activate client", client(), IP_LIMIT, 600)
+    count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     account = select_account(email)
     if not password_matches(account, password):
         abort(401, "The address or the password is wrong.")
     if account.activated_at:
         abort(409, "The account is active already.")
-    with transaction():
+    with g.place.db:
         activated = spend_attempt(account, digest(email, code))
         if activated:
-            publish("confirmation", email)
+            publish("confirmation", email, time.time(), NOTICE_LIFETIME)
     # Outside of the transaction: raising in it would roll back the attempt that was
     # just counted, and all 10,000 codes could be tried.
     if not activated:
@@ -171,9 +162,7 @@ def activate():
 def healthz():
     """200 when database and broker answer within a second, else 503 naming which."""
     with health_lock, closing(Place()) as place:   # one at a time: it opens connections
-        g.deadline = time.monotonic() + 1
-        place.open_session()
-        place.open_producer()
+        place.open()
     return {"database": "ok", "broker": "ok"}
 
 
@@ -189,6 +178,9 @@ PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
             405: "method-not-allowed", 409: "already-active", 413: "too-large",
             415: "not-json", 422: "refused-code", 429: "limit-reached",
             500: "internal-error", 503: "unavailable"}
+OUTAGES = {psycopg2.Error: "database", AMQPError: "broker", MessageNacked: "broker",
+           KombuError: "broker", OSError: "broker", queue.Empty: "machine",
+           argon2.exceptions.Argon2Error: "machine"}   # it has no memory left
 
 
 @app.errorhandler(HTTPException)
@@ -208,20 +200,15 @@ def problem(error):
     return response
 
 
-OUTAGES = {psycopg2.Error: "database", argon2.exceptions.Argon2Error: "memory",
-           AMQPError: "broker", MessageNacked: "broker", KombuError: "broker",
-           OSError: "broker"}
-
-
 def outage(error):
-    """The 503 of a server that fails; one log line says why."""
+    """The 503 of what cannot take the request now; one log line says why."""
     server = next(OUTAGES[kind] for kind in OUTAGES if isinstance(error, kind))
     reason = json.dumps(str(error).partition("\n")[0])   # the next ones quote rows
     log.warning("event=outage server=%s error=%s reason=%s", server,
                 type(error).__name__, reason)
     if "place" in g:
         g.place.close()
-    return problem(ServiceUnavailable(f"No answer from the {server}.", retry_after=2))
+    return problem(ServiceUnavailable(f"The {server} cannot take it.", retry_after=2))
 
 
 for kind in OUTAGES:
@@ -259,14 +246,14 @@ def read_fields(**checks):
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        body = request.get_data()
+        body = request.stream.read(MAX_BODY + 1)
         if len(body) > MAX_BODY:
             abort(413, "The body is over 4 KiB.")
         # int() refuses NaN and Infinity: json takes them, though they are not JSON.
         body = json.loads(body.decode(), parse_constant=int,
                           object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError, ParseException) as error:   # the last: chunks
-        abort(400, f"The body is not JSON: {error}")
+    except (ValueError, RecursionError, OSError, ParseException) as error:
+        abort(400, f"The body is not JSON: {error}")   # the last two: broken chunks
     values, errors = [], []
     for field, check in checks.items():
         try:
@@ -333,26 +320,21 @@ def four_digits(text):
 
 def read_credentials():
     """Address and password from HTTP Basic (RFC 7617), or the 401 of wrong ones."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    try:
-        if scheme.lower() != "basic":
-            raise ValueError("another scheme")
-        user, _, password = base64.b64decode(
-            token.strip(), validate=True).decode().partition(":")
-        return canonical_email(user), canonical_password(password)
-    except ValueError:
-        abort(401, "The address or the password is wrong.")
+    with suppress(ValueError):
+        basic = request.authorization
+        if basic and basic.type == "basic":
+            return canonical_email(basic.username), canonical_password(basic.password)
+    abort(401, "The address or the password is wrong.")
 
 
 def client():
     """Whom IP_LIMIT counts: an IPv4 address, or the /64 that one IPv6 client has."""
-    try:
+    with suppress(ValueError):
         address = ipaddress.ip_address(request.remote_addr)
-    except ValueError:
-        return "unknown"              # a proxy that does not tell: they count as one
-    address = getattr(address, "ipv4_mapped", None) or address
-    prefix = 64 if address.version == 6 else 32
-    return str(ipaddress.ip_network((address.packed, prefix), strict=False))
+        address = getattr(address, "ipv4_mapped", None) or address
+        prefix = 64 if address.version == 6 else 32
+        return str(ipaddress.ip_network((address.packed, prefix), strict=False))
+    return "unknown"   # a proxy that does not tell: all its clients count as one
 
 
 # -- Places: the short queue, and the connections to both servers ----------------------
@@ -361,47 +343,37 @@ def client():
 class Place:
     """A connection to each server, for one request at a time.
 
-    They open when first used, so after gunicorn's fork, and anew where one died idle:
-    nothing comes unasked on either, so what makes it readable is its end. After an
-    error nothing is tried again: a COMMIT or publish without answer may have happened.
+    After an error nothing is tried again: what got no answer may have happened.
     """
 
     def __init__(self):
-        self.session = self.producer = None
+        self.db = None
         self.broker = Connection(
-            BROKER_URL, connect_timeout=BROKER_TIMEOUT, transport_options={
-                "confirm_publish": True,
-                "read_timeout": BROKER_TIMEOUT, "write_timeout": BROKER_TIMEOUT})
+            BROKER_URL, connect_timeout=TIMEOUT, transport_options={
+                "confirm_publish": True, "read_timeout": TIMEOUT,
+                "write_timeout": TIMEOUT})
 
-    def open_session(self):
-        """The psycopg2 connection; autocommit: a lone statement is one round trip."""
-        if self.session is None or ready(self.session, select.POLLIN, 0):
-            self.session = psycopg2.connect(
-                DATABASE_URL, cursor_factory=NamedTupleCursor)
-            self.session.autocommit = True
-            # Else what we gave up would go on in the server, with its locks.
-            self.session.cursor().execute(
-                "SET statement_timeout = %(patience)s;"
-                "SET idle_in_transaction_session_timeout = %(patience)s",
-                {"patience": f"{PATIENCE}s"})
-        return self.session
+    def open(self):
+        """Open both, so after gunicorn's fork, and anew where one died while idle.
 
-    def open_producer(self):
-        """The kombu Producer, with confirms; each host of BROKER_URL is tried once."""
-        if self.producer is None or ready(
-                self.broker.connection.sock, select.POLLIN, 0):
-            self.broker.collect()
-            self.broker.ensure_connection(
-                max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
-            channel = self.broker.default_channel
-            DEAD_QUEUE.declare(channel=channel)
-            MAIL_QUEUE.declare(channel=channel)
-            self.producer = Producer(channel)
-        return self.producer
+        Nothing comes unasked on either, so what makes it readable is its end.
+        """
+        if self.db and not ready(self.db) and not ready(self.broker.connection.sock):
+            return
+        self.close()
+        self.broker.ensure_connection(   # each of its hosts once
+            max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
+        self.producer = Producer(self.broker.default_channel)
+        self.db = psycopg2.connect(
+            DATABASE_URL, cursor_factory=NamedTupleCursor,
+            # Else what was given up here would go on there, with its locks.
+            options=f"-c statement_timeout={TIMEOUT}s "
+                    f"-c idle_in_transaction_session_timeout={3 * TIMEOUT}s")
+        self.db.autocommit = True   # a lone statement is one round trip
 
     def close(self):
         """Forget both connections; kombu's close() would wait for the broker."""
-        self.session = self.producer = None
+        self.db = None
         self.broker.collect()
 
 
@@ -412,13 +384,9 @@ for _ in range(PLACES):
 
 
 def take_place():
-    """A place for the rest of this request, or 503 at once if none is free."""
-    try:
-        g.place = places.get_nowait()
-    except queue.Empty:
-        abort(503, "Too many requests are under way.", retry_after=2)
-    g.deadline = time.monotonic() + PATIENCE
-    g.db = g.place.open_session()
+    """A place for the rest of this request; if none is free, the 503 of queue.Empty."""
+    g.place = places.get_nowait()
+    g.place.open()
 
 
 @app.teardown_request
@@ -428,53 +396,39 @@ def leave_place(error):
         places.put(g.place)
 
 
-def ready(file, events, seconds):
+def ready(file, events=select.POLLIN, seconds=0):
     """Whether a socket is readable or writable in time; select() ends at file 1,024."""
     poll = select.poll()
     poll.register(file, events)
-    return poll.poll(max(0, seconds) * 1000)
+    return poll.poll(1000 * seconds)
 
 
 def wait_for_database(session):
-    """psycopg2's wait callback: waiting for a server that stalls ends at g.deadline."""
+    """psycopg2's wait callback: libpq itself waits for a stalled server forever."""
     while (state := session.poll()) != psycopg2.extensions.POLL_OK:
         reading = state == psycopg2.extensions.POLL_READ
-        if not ready(session, select.POLLIN if reading else select.POLLOUT,
-                     g.deadline - time.monotonic()):
+        if not ready(session, select.POLLIN if reading else select.POLLOUT, TIMEOUT):
             raise psycopg2.OperationalError("no answer in time")
 
 
 psycopg2.extensions.set_wait_callback(wait_for_database)
 
-# -- Hashing ---------------------------------------------------------------------------
+# -- Passwords and codes ---------------------------------------------------------------
 
 # Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash
 # names its own parameters, so that it verifies after these were changed.
 hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
 NOBODYS_HASH = hasher.hash(secrets.token_urlsafe())
-turn = itertools.count()
-
-
-@contextmanager
-def core():
-    """Wait for one of the machine's cores, and hold it.
-
-    A flock() counts over all workers, and one that is killed leaves nothing locked.
-    """
-    name = f"argon2-{os.getuid()}-{next(turn) % CORES}.lock"
-    with open(os.path.join(tempfile.gettempdir(), name), "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+# Two at once in each worker, and by default a worker a core: no core is idle while the
+# other worker has hashes waiting. Measured as fast as one lock a core over all workers.
+hashing = threading.BoundedSemaphore(2)
 
 
 def password_matches(account, password):
     """Verify it; without an account against nobody's hash, which takes as long."""
-    with core():
-        try:
-            return hasher.verify(
-                account.password_hash if account else NOBODYS_HASH, password)
-        except argon2.exceptions.VerifyMismatchError:
-            return False
+    password_hash = account.password_hash if account else NOBODYS_HASH
+    with hashing, suppress(argon2.exceptions.VerifyMismatchError):
+        return hasher.verify(password_hash, password)
 
 
 def digest(email, code):
@@ -486,47 +440,29 @@ def digest(email, code):
 
 
 def execute(statement, **values):
-    """Execute a statement; its cursor has the rows."""
-    cursor = g.db.cursor()
+    """The first row that a statement returns, or None."""
+    cursor = g.place.db.cursor()
     cursor.execute(statement, values)
-    return cursor
+    return cursor.fetchone()
 
 
-@contextmanager
-def transaction():
-    """One state change: the SQL, then a publish with its confirm, then COMMIT.
-
-    Whatever is raised in the block rolls back. No confirm, no COMMIT; the mail of a
-    COMMIT that failed is harmless, since its code matches no row.
-    """
-    with g.db:
-        yield
-        if time.monotonic() > g.deadline:
-            raise psycopg2.OperationalError("too late to COMMIT")
-        g.deadline += 1   # a COMMIT once sent may have happened: wait for the answer
-
-
-def count_request(*limits):
-    """Count a request against each (name, subject, allowed, seconds), or 429.
+def count_request(name, subject, allowed, seconds):
+    """Count a request of a subject in a window of so many seconds, or 429.
 
     Committed at once, so it counts whatever becomes of the request.
     """
-    names, subjects, allowed, seconds = map(list, zip(*limits))
-    counts = execute("""
+    limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
-        SELECT name, subject, 1, now() + seconds * interval '1 second'
-          FROM unnest(%(names)s, %(subjects)s, %(seconds)s)
-            AS new (name, subject, seconds)
+        VALUES (%(name)s, %(subject)s, 1, now() + %(seconds)s * interval '1 second')
             ON CONFLICT (name, subject) DO UPDATE
            SET count = CASE WHEN old.expires_at > now() THEN old.count + 1 ELSE 1 END,
                expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
                                  ELSE excluded.expires_at END
         RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
-        """, names=names, subjects=subjects, seconds=seconds)
-    waits = [row.wait for row, most in zip(counts, allowed) if row.count > most]
-    if waits:
+        """, name=name, subject=subject, seconds=seconds)
+    if limit.count > allowed:
         abort(429, "Too many requests for this address or from here.",
-              retry_after=max(waits))
+              retry_after=limit.wait)
 
 
 def upsert_waiting(email, password_hash, code_digest):
@@ -542,10 +478,9 @@ def upsert_waiting(email, password_hash, code_digest):
                registered_at = excluded.registered_at,
                attempts      = 0
          WHERE old.activated_at IS NULL
-        RETURNING extract(epoch FROM registered_at)::float AS issued_at,
-                  extract(epoch FROM expires_at)::float AS expires_at
+        RETURNING extract(epoch FROM registered_at)::float AS issued_at
         """, email=email, password_hash=password_hash, code_digest=code_digest,
-        lifetime=CODE_LIFETIME).fetchone()
+        lifetime=CODE_LIFETIME)
 
 
 def select_account(email):
@@ -554,7 +489,7 @@ def select_account(email):
         SELECT email, password_hash, activated_at
           FROM users
          WHERE email = %(email)s
-        """, email=email).fetchone()
+        """, email=email)
 
 
 def spend_attempt(account, code_digest):
@@ -565,10 +500,8 @@ def spend_attempt(account, code_digest):
     """
     row = execute("""
         UPDATE users
-           SET attempts     = attempts + (code_digest <> %(given)s)::int,
-               activated_at = CASE WHEN code_digest = %(given)s THEN now() END,
-               expires_at   = CASE WHEN code_digest <> %(given)s THEN expires_at END,
-               code_digest  = CASE WHEN code_digest <> %(given)s THEN code_digest END
+           SET attempts     = attempts + 1,
+               activated_at = CASE WHEN code_digest = %(code_digest)s THEN now() END
          WHERE email = %(email)s
            AND password_hash = %(password_hash)s
            AND activated_at IS NULL
@@ -576,23 +509,22 @@ def spend_attempt(account, code_digest):
            AND attempts < %(allowed)s
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
-        given=code_digest, allowed=CODE_ATTEMPTS).fetchone()
-    return bool(row and row.activated_at)
+        code_digest=code_digest, allowed=CODE_ATTEMPTS)
+    return row is not None and row.activated_at is not None
 
 
 # -- Publishing ------------------------------------------------------------------------
 
 
-def publish(template, email, **fields):
+def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    expires_at, in seconds since 1970, is when the mail has become useless. Mandatory: a
-    queue that is gone is then an error and not a mail that nobody misses.
+    issued_at is in seconds since 1970; the mail is useless so many seconds later. If
+    COMMIT fails after it, no harm is done: its code matches no row. Mandatory: a queue
+    that is gone is then an error and not a mail that nobody misses.
     """
-    now = time.time()
-    job = {"template": template, "email": email, "issued_at": now,
-           "expires_at": now + NOTICE_LIFETIME, **fields}
-    g.place.open_producer().publish(
-        job, routing_key=MAIL_QUEUE.name, mandatory=True,
-        message_id=secrets.token_hex(16),
-        timeout=BROKER_TIMEOUT, confirm_timeout=BROKER_TIMEOUT)
+    g.place.producer.publish(
+        {"template": template, "email": email, "issued_at": issued_at,
+         "expires_at": issued_at + lifetime, **fields},
+        routing_key=MAIL_QUEUE.name, mandatory=True, declare=[DEAD_QUEUE, MAIL_QUEUE],
+        message_id=secrets.token_hex(16), timeout=TIMEOUT, confirm_timeout=TIMEOUT)

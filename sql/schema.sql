@@ -10,21 +10,16 @@ BEGIN;
 CREATE TABLE users (
     email          text         PRIMARY KEY,             -- ASCII, lower case
     password_hash  text         NOT NULL,                -- Argon2id with its salt and costs
-    code_digest    bytea        ,                        -- HMAC-SHA256; NULL: active
-    expires_at     timestamptz  ,                        -- of the code; NULL: active
-    attempts       smallint     NOT NULL DEFAULT 0,      -- wrong codes since registered_at
+    code_digest    bytea        NOT NULL,                -- HMAC-SHA256 of the newest code
+    expires_at     timestamptz  NOT NULL,                -- end of that code
+    attempts       smallint     NOT NULL DEFAULT 0,      -- codes tried since registered_at
     registered_at  timestamptz  NOT NULL DEFAULT now(),  -- the latest registration
     activated_at   timestamptz  ,                        -- NULL: waiting for its code
 
     -- One account per address, however it is typed; RFC 5321 4.5.3.1.3 gives the length.
     CONSTRAINT email_is_canonical CHECK (email = lower(email) AND length(email) <= 254),
     CONSTRAINT digest_is_sha256   CHECK (octet_length(code_digest) = 32),
-    CONSTRAINT attempts_count_up  CHECK (attempts >= 0),
-
-    -- A waiting account has a code and its expiry, an active one has neither.
-    CONSTRAINT waiting_or_active  CHECK (
-        (activated_at IS NULL     AND code_digest IS NOT NULL AND expires_at IS NOT NULL) OR
-        (activated_at IS NOT NULL AND code_digest IS NULL     AND expires_at IS NULL))
+    CONSTRAINT attempts_count_up  CHECK (attempts >= 0)
 );
 
 -- Finds the registrations that were never activated; active accounts are not in it.
@@ -57,7 +52,7 @@ BEGIN
              FROM limits
             WHERE expires_at < now()
             ORDER BY expires_at
-            LIMIT 8
+            LIMIT 3
               FOR UPDATE SKIP LOCKED);
 
     DELETE FROM users
@@ -67,7 +62,7 @@ BEGIN
             WHERE activated_at IS NULL
               AND registered_at < now() - interval '1 day'
             ORDER BY registered_at
-            LIMIT 8
+            LIMIT 3
               FOR UPDATE SKIP LOCKED);
     RETURN NULL;
 END $$;

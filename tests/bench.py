@@ -101,8 +101,7 @@ def system():
             settings = conftest.SETTINGS | {
                 "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
                 "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(outside.port),
-                "CODE_LIFETIME": "900", "WEB_CONCURRENCY": str(CORES),
-                "TMPDIR": str(folder)}    # whatever else hashes here has other locks
+                "CODE_LIFETIME": "900", "WEB_CONCURRENCY": str(CORES)}
             with start.running(start.Gunicorn(folder, settings),
                                start.Consumer(folder, settings)) as (api, consumer):
                 yield SimpleNamespace(

@@ -141,7 +141,7 @@ def whole_system(folder):
         postgres.psql((TOP / "sql/schema.sql").read_text())
         settings = load.SETTINGS | {
             "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), "TMPDIR": folder}
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port)}
         with start.running(start.Gunicorn(folder, settings),
                            start.Consumer(folder, settings)) as (api, consumer):
             yield SimpleNamespace(postgres=postgres, rabbitmq=rabbitmq, mail=mail,

@@ -123,7 +123,7 @@ def main():
             settings = conftest.SETTINGS | {
                 "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
                 "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port),
-                "TMPDIR": folder, "WEB_CONCURRENCY": str(os.cpu_count())}
+                "WEB_CONCURRENCY": str(os.cpu_count())}
             with start.running(start.Gunicorn(folder, settings),
                                start.Consumer(folder, settings)) as (api, _):
                 service = SimpleNamespace(url=api.url)

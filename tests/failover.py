@@ -195,7 +195,7 @@ def main():
         settings = load.SETTINGS | {
             "DATABASE_URL": f"postgresql://registration@127.0.0.1:{primary.port},"
             f"127.0.0.1:{standby.port}/registration?target_session_attrs=read-write",
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), "TMPDIR": name}
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port)}
         apis, consumers = programs(folder, machines, settings, [n.url for n in nodes])
 
         callers = load.Load(apis, mail, options.seed, rate=6)

@@ -37,16 +37,6 @@ def test_it_activates_and_mails_a_confirmation(service):
     assert mailed_to(service, email, 2)["subject"] == "Your account is active"
 
 
-def test_it_keeps_no_code_of_an_active_account(service, database):
-    email = activated(service)
-
-    kept = database("""
-        SELECT code_digest, expires_at, activated_at > registered_at
-          FROM users WHERE email = %s""", [email])
-
-    assert kept == [(None, None, True)]
-
-
 def test_it_takes_a_code_once(service):
     email, code = registered(service)
 

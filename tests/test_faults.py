@@ -201,20 +201,20 @@ def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
     assert answers == [202] * 10
 
 
-def test_it_keeps_nothing_when_a_lock_and_the_broker_took_all_the_time(
+def test_it_keeps_what_it_says_however_slow_lock_and_broker_were(
         servers, system, start_service):
-    email, code = registered(system)
+    email, _ = registered(system)
 
     with slow_way_to(servers.rabbitmq.url) as way, ThreadPoolExecutor() as threads:
         api = start_service(BROKER_URL=way.url)
-        way.seconds = 0.25     # eight answers until the confirm: 2 s
+        way.seconds = 0.3     # eight answers until the confirm
         with row_locked(servers, email):
-            under_way = threads.submit(timed, lambda: register(api, email, ANOTHER))
-            time.sleep(1.5)     # half of the time that the request has
-        refused = under_way.result()
+            under_way = threads.submit(lambda: register(api, email, ANOTHER))
+            wait_until(lambda: statements_waiting(servers))
+        accepted = under_way.result()
 
-    assert refused_in_time(refused)
-    assert activate(system, email, code).status == 200     # the older pair
+    assert accepted.status == 202
+    assert activate(system, email, code_mailed_to(system, email, 2), ANOTHER).status == 200
 
 
 @contextlib.contextmanager
@@ -462,21 +462,6 @@ def test_it_goes_on_when_a_worker_is_killed(start_service):
     answers = [register(api, fresh_email()).status for _ in range(10)]
     assert answers == [202] * 10
     wait_until(lambda: len(workers_of(api)) == 2)
-
-
-def test_it_leaves_no_core_locked_when_workers_are_killed_in_a_hash(start_service):
-    api = start_service()
-    with ThreadPoolExecutor(16) as threads:
-        requests = [threads.submit(register, api, fresh_email()) for _ in range(16)]
-        wait(requests, return_when=FIRST_COMPLETED)
-        for worker in workers_of(api):
-            os.kill(worker, signal.SIGKILL)
-
-    wait_until(lambda: len(workers_of(api)) == 2)
-
-    answers = at_once(*[lambda: timed(lambda: register(api, fresh_email()))] * 4)
-    assert [answer.status for answer in answers] == [202] * 4
-    assert all(answer.seconds < 5 for answer in answers)
 
 
 def workers_of(api):

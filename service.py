@@ -15,7 +15,6 @@ Words:  waiting   registered, the code not yet sent back
 import hmac
 import ipaddress
 import json
-import logging
 import os
 import queue
 import re
@@ -37,6 +36,7 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError
+from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -71,7 +71,6 @@ MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds for each answer of PostgreSQL and of RabbitMQ
 NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
 PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL takes 100
-log = logging.getLogger("service")
 
 # -- Topology: the same lines stand in consumer.py -------------------------------------
 
@@ -204,11 +203,12 @@ def outage(error):
     """The 503 of what cannot take the request now; one log line says why."""
     server = next(OUTAGES[kind] for kind in OUTAGES if isinstance(error, kind))
     reason = json.dumps(str(error).partition("\n")[0])   # the next ones quote rows
-    log.warning("event=outage server=%s error=%s reason=%s", server,
-                type(error).__name__, reason)
+    app.logger.warning("event=outage server=%s error=%s reason=%s", server,
+                       type(error).__name__, reason)
     if "place" in g:
         g.place.close()
-    return problem(ServiceUnavailable(f"The {server} cannot take it.", retry_after=2))
+    return problem(
+        ServiceUnavailable(f"The {server} cannot take it now.", retry_after=2))
 
 
 for kind in OUTAGES:
@@ -226,9 +226,10 @@ def finish(response):
     """Keep the endpoints' answers out of caches; log no path, query or header."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
-    log.info("event=request client=%s method=%s route=%s status=%s outcome=%s ms=%.0f",
-             request.remote_addr, request.method, request.url_rule or "-",
-             response.status_code, g.outcome, 1000 * (time.monotonic() - g.began))
+    app.logger.info(
+        "event=request client=%s method=%s route=%s status=%s outcome=%s ms=%.0f",
+        request.remote_addr, request.method, request.url_rule or "-",
+        response.status_code, g.outcome, 1000 * (time.monotonic() - g.began))
     return response
 
 
@@ -405,13 +406,13 @@ def ready(file, events=select.POLLIN, seconds=0):
 
 def wait_for_database(session):
     """psycopg2's wait callback: libpq itself waits for a stalled server forever."""
-    while (state := session.poll()) != psycopg2.extensions.POLL_OK:
-        reading = state == psycopg2.extensions.POLL_READ
-        if not ready(session, select.POLLIN if reading else select.POLLOUT, TIMEOUT):
+    while (state := session.poll()) != POLL_OK:
+        events = select.POLLIN if state == POLL_READ else select.POLLOUT
+        if not ready(session, events, TIMEOUT):
             raise psycopg2.OperationalError("no answer in time")
 
 
-psycopg2.extensions.set_wait_callback(wait_for_database)
+set_wait_callback(wait_for_database)
 
 # -- Passwords and codes ---------------------------------------------------------------
 
@@ -436,7 +437,7 @@ def digest(email, code):
     return hmac.digest(SECRET_KEY.encode(), f"{email} {code}".encode(), "sha256")
 
 
-# -- SQL: one function a statement, the only clock is now() ----------------------------
+# -- SQL, one function a statement, and the publish ------------------------------------
 
 
 def execute(statement, **values):
@@ -511,9 +512,6 @@ def spend_attempt(account, code_digest):
         """, email=account.email, password_hash=account.password_hash,
         code_digest=code_digest, allowed=CODE_ATTEMPTS)
     return row is not None and row.activated_at is not None
-
-
-# -- Publishing ------------------------------------------------------------------------
 
 
 def publish(template, email, issued_at, lifetime, **fields):

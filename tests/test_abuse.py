@@ -239,6 +239,17 @@ def test_it_limits_the_activations_of_a_client_apart(strict):
     assert 500 < int(activations[2].headers["Retry-After"]) <= 600
 
 
+def test_it_counts_nothing_against_an_address_that_a_refused_client_names(strict):
+    email, greedy = fresh_email(), client()
+    for _ in range(2):
+        register(strict, fresh_email(), **greedy)
+
+    refused = [register(strict, email, **greedy).status for _ in range(3)]
+
+    assert refused == [429, 429, 429]
+    assert register(strict, email, **client()).status == 202
+
+
 def test_it_limits_the_registrations_of_an_address_in_an_hour(strict):
     email = fresh_email()
 

@@ -140,6 +140,17 @@ def test_it_answers_503_in_time_keeps_nothing_and_heals(servers, system, outage)
     assert processes(system) == before
 
 
+def test_it_counts_nothing_against_an_address_while_the_broker_is_down(
+        servers, system, start_service):
+    api, email = start_service(EMAIL_LIMIT_HOUR="1"), fresh_email()
+
+    with server_down(servers.rabbitmq):
+        refused = [register(api, email).status for _ in range(3)]
+
+    assert refused == [503, 503, 503]
+    wait_until(lambda: register(api, email).status == 202)
+
+
 def rows_of(servers, email):
     return int(servers.postgres.psql(
         f"SELECT count(*) FROM users WHERE email = '{email}'"))

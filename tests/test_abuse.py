@@ -6,13 +6,14 @@ import re
 import secrets
 import socket
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
-from servers import Gunicorn
+from servers import Gunicorn, tree
 from steps import (ACTIVATE, PASSWORD, REGISTER, activate, activated, at_once, basic,
                    code_mailed_to, fresh_email, mailed_to, mails_to, problem_in,
                    register, registered, registered_anew, send, wait_until, wrong)
@@ -585,6 +586,22 @@ def test_it_sheds_what_is_too_much_and_keeps_nothing_of_it(start_service, databa
     assert not any(mails_to(api, email) for email in shed)
     assert database("SELECT email FROM users WHERE email = ANY(%s)", [shed]) == []
     assert {register(api, email).status for email in shed[:12]} == {202}
+
+
+def test_it_hashes_at_most_two_passwords_at_once_in_a_worker(start_service):
+    api = start_service(WEB_CONCURRENCY="1")
+    before = peak_megabytes(api)
+
+    answers = at_once(*[partial(register, api, fresh_email()) for _ in range(10)])
+
+    assert {answer.status for answer in answers} == {202}
+    assert peak_megabytes(api) - before < 5 * 12     # of 12 MiB each, and all else
+
+
+def peak_megabytes(api):
+    [worker] = tree(api.process.pid)[1:]
+    status = Path(f"/proc/{worker}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 # -- Logs ------------------------------------------------------------------------------

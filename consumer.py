@@ -141,8 +141,7 @@ def on_message(message):
     message_id = message.properties.get("message_id")
     try:
         job = message.payload
-        address, expires_at = job["email"], float(job["expires_at"])
-        mail = build(job, message_id)
+        expires_at, mail = float(job["expires_at"]), build(job, message_id)
     except Exception as error:   # of whatever kind: it goes where it can be looked at
         log_job("unreadable", message_id, error)
         return message.reject()
@@ -153,7 +152,7 @@ def on_message(message):
         log_job("expired", message_id)
         return message.ack()
     try:
-        send(mail, address)
+        send(mail, job["email"])
     except OSError as error:   # as all exceptions of smtplib are
         if smtp is None:
             time.sleep(RETRY_AFTER)   # nobody there: one try a second, not one a job

@@ -355,7 +355,7 @@ class Place:
                 "write_timeout": TIMEOUT})
 
     def open(self):
-        """Open both, so after gunicorn's fork, and anew where one died while idle.
+        """Open both: after gunicorn's fork, and anew where one died while idle.
 
         Nothing comes unasked on either, so what makes it readable is its end.
         """

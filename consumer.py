@@ -5,7 +5,7 @@
 
 Run:    python consumer.py          as many as you like: they share the queue
 
-What becomes of a job, first match first. Each is settled once, by the last column:
+What becomes of a job: the first row that fits counts, the last column settles it.
 
     a signal to stop has come                      leave it to others    (never)
     nothing can be made of it                      dead-letter it        reject
@@ -56,14 +56,15 @@ SMTP_PORT = setting("SMTP_PORT", 1025)
 SMTP_USERNAME = setting("SMTP_USERNAME", "")
 SMTP_PASSWORD = setting("SMTP_PASSWORD", "")
 SMTP_TLS = setting("SMTP_TLS", "none")
-NAME, SENDER = parseaddr(setting("MAIL_FROM"))   # from "a@b" or "Ann <a@b>"
+MAIL_FROM = formataddr(parseaddr(setting("MAIL_FROM")))   # "a@b" or "Ann <a@b>"
 LOG_LEVEL = setting("LOG_LEVEL", "INFO").upper()
 if SMTP_TLS not in ("none", "starttls", "tls"):
     raise SystemExit("SMTP_TLS must be none, starttls or tls")
 
+SENDER = parseaddr(MAIL_FROM)[1]
 SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
 RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
-PREFETCH = 50         # unsettled jobs: one that waits for a retry holds up no other
+PREFETCH = 1000       # unsettled jobs: so many can wait and hold up no other
 STOP_WITHIN = 7       # seconds from SIGTERM to the end, whatever hangs
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
@@ -87,9 +88,10 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 
 def mime(subject, text):
     """A mail in both forms with its {fields} still to fill in: making one is slow."""
-    paragraphs = html.escape(text).split("\n\n")
-    mail = MIMEMultipart("alternative", _subparts=[
-        MIMEText(text), MIMEText("".join(f"<p>{p}</p>\n" for p in paragraphs), "html")])
+    paragraphs = html.escape(text).replace("\n\n", "</p>\n<p>")
+    mail = MIMEMultipart("alternative", _subparts=[   # base64 would hide {fields}
+        MIMEText(text, "plain", "us-ascii"),
+        MIMEText(f"<p>{paragraphs}</p>", "html", "us-ascii")])
     mail["From"], mail["To"], mail["Date"] = "{sender}", "{email}", "{date}"
     mail["Subject"], mail["Message-ID"] = subject, "{message_id}"
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: nobody's robot shall answer
@@ -117,12 +119,12 @@ Welcome! This address is confirmed, and your account is active."""),
 def build(job, message_id):
     """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job.
 
-    The Message-ID is the job's, so a mailbox can tell that a second copy is one.
+    The Message-ID is the job's, so that a mailbox can recognise a second copy.
     """
-    if not job["email"].isprintable():
-        raise ValueError("an address with control characters")
+    if not (job["email"] + message_id).isprintable():
+        raise ValueError("control characters")
     return MAILS[job["template"]].format(
-        **job, sender=formataddr((NAME, SENDER)), date=formatdate(),
+        **job, sender=MAIL_FROM, date=formatdate(),
         message_id=f"<{message_id}@{SENDER.rpartition('@')[2]}>",
         lifetime=job["expires_at"] - job["issued_at"], issued=time.strftime(
             "%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))).encode("ascii")
@@ -130,32 +132,35 @@ def build(job, message_id):
 
 # -- One job ---------------------------------------------------------------------------
 
-waiting = deque()           # (when to try again, message), not settled yet
-sent = deque(maxlen=1000)   # ids: at most PREFETCH acks are lost with a connection
+waiting = deque()               # (when to try again, message), not settled yet
+sent = deque(maxlen=PREFETCH)   # ids: no more acks can be lost with a connection
+smtp = None                     # the open session: opening one takes longer than a mail
 
 
 def on_message(message):
     """Settle a job, or put it aside: the table at the top."""
+    global smtp
     if stopping:
         return None              # the broker delivers it to another
     message_id = message.properties.get("message_id")
     try:
         job = message.payload
         expires_at, mail = float(job["expires_at"]), build(job, message_id)
-    except Exception as error:   # of whatever kind: it goes where it can be looked at
+    except Exception as error:   # whatever it is: dead-lettered, it can be looked at
         log_job("unreadable", message_id, error)
         return message.reject()
     if message.delivery_info["redelivered"] and message_id in sent:
         log_job("sent-before", message_id)
         return message.ack()
-    if not time.time() < expires_at:   # nor if that is NaN
+    if not time.time() < expires_at:   # so that NaN counts as expired
         log_job("expired", message_id)
         return message.ack()
     try:
-        send(mail, job["email"])
+        smtp = smtp or connect()
+        smtp.sendmail(SENDER, [job["email"]], mail)
     except OSError as error:   # as all exceptions of smtplib are
         if smtp is None:
-            time.sleep(RETRY_AFTER)   # nobody there: one try a second, not one a job
+            time.sleep(RETRY_AFTER)   # no session: one try a second, not one a job
         disconnect()
         if refused_for_good(error):
             log_job("refused", message_id, error)
@@ -175,23 +180,15 @@ def log_job(outcome, message_id, error=None):
 
 # -- SMTP ------------------------------------------------------------------------------
 
-smtp = None                 # the open session; opening one takes longer than ten mails
-
-
-def send(mail, address):
-    """Hand a mail to the mail server, over the open session or a new one."""
-    global smtp
-    smtp = smtp or connect()
-    smtp.sendmail(SENDER, [address], mail)
-
 
 def connect():
     """A session, encrypted and logged in as the settings say."""
-    tls = {"context": ssl.create_default_context()}   # it verifies certificates
-    kind, options = (smtplib.SMTP_SSL, tls) if SMTP_TLS == "tls" else (smtplib.SMTP, {})
-    session = kind(SMTP_HOST, SMTP_PORT, timeout=SMTP_TIMEOUT, **options)
+    tls = ssl.create_default_context()   # it verifies certificates
+    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_TIMEOUT}
+    session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
+               else smtplib.SMTP(**server))
     if SMTP_TLS == "starttls":
-        session.starttls(**tls)
+        session.starttls(context=tls)
     if SMTP_USERNAME:
         session.login(SMTP_USERNAME, SMTP_PASSWORD)
     return session
@@ -253,7 +250,7 @@ def consume(connection):
         if pause <= 0:
             on_message(waiting.popleft()[1])
         taken = list(eventloop(connection, limit=1, timeout=max(0, pause),
-                               ignore_timeouts=True))
+                               ignore_timeouts=True))   # [] if nothing came
         if not taken and not waiting:
             disconnect()   # while idle, so that no session grows stale
     MAIL_QUEUE.declare(channel=channel)   # its answer tells that our acks have arrived

@@ -87,6 +87,7 @@ MAIL_QUEUE = Queue("mail", queue_arguments={
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
+app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1   # where werkzeug cuts a chunked body
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
@@ -159,7 +160,7 @@ def activate():
 
 @app.get("/healthz")
 def healthz():
-    """200 when database and broker answer within a second, else 503 naming which."""
+    """200 when both servers answer, each time within a second; else 503 naming one."""
     with health_lock, closing(Place()) as place:   # one at a time: it opens connections
         place.open()
     return {"database": "ok", "broker": "ok"}
@@ -179,7 +180,7 @@ PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
             500: "internal-error", 503: "unavailable"}
 OUTAGES = {psycopg2.Error: "database", AMQPError: "broker", MessageNacked: "broker",
            KombuError: "broker", OSError: "broker", queue.Empty: "machine",
-           argon2.exceptions.Argon2Error: "machine"}   # it has no memory left
+           argon2.exceptions.Argon2Error: "machine"}   # no memory left for a hash
 
 
 @app.errorhandler(HTTPException)
@@ -202,9 +203,10 @@ def problem(error):
 def outage(error):
     """The 503 of what cannot take the request now; one log line says why."""
     server = next(OUTAGES[kind] for kind in OUTAGES if isinstance(error, kind))
-    reason = json.dumps(str(error).partition("\n")[0])   # the next ones quote rows
+    cause = error.__context__ or error   # a ROLLBACK that fails in turn would hide it
+    reason = json.dumps(str(cause).partition("\n")[0])   # further lines may quote rows
     app.logger.warning("event=outage server=%s error=%s reason=%s", server,
-                       type(error).__name__, reason)
+                       type(cause).__name__, reason)
     if "place" in g:
         g.place.close()
     return problem(
@@ -241,24 +243,25 @@ COMMON_PASSWORDS = CommonPasswordValidator().passwords   # 8,000 of 8 characters
 def read_fields(**checks):
     """The named text fields of the JSON body in that order, or 415, 413, 400 or 422.
 
-    A check returns a text's canonical form or raises ValueError. Fields that nobody
-    asked for are ignored, and a body that is no object has none.
+    A check returns a text's canonical form or raises ValueError, as each does for "",
+    which stands for what is missing or no string. Other fields are ignored.
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        body = request.stream.read(MAX_BODY + 1)
+        body = request.get_data()
         if len(body) > MAX_BODY:
-            abort(413, "The body is over 4 KiB.")
+            abort(413)
         # int() refuses NaN and Infinity: json takes them, though they are not JSON.
         body = json.loads(body.decode(), parse_constant=int,
                           object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError, OSError, ParseException) as error:
-        abort(400, f"The body is not JSON: {error}")   # the last two: broken chunks
+    except (ValueError, RecursionError, ParseException) as error:   # the last: chunks
+        abort(400, f"The body is not JSON: {error}")
     values, errors = [], []
     for field, check in checks.items():
+        text = body.get(field) if isinstance(body, dict) else None
         try:
-            values.append(check(text_of(body, field)))
+            values.append(check(text if isinstance(text, str) else ""))
         except ValueError as error:
             errors.append({"field": field, "detail": str(error)})
     if errors:
@@ -273,14 +276,6 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-def text_of(body, field):
-    """A field of a JSON body that must be a string."""
-    text = body.get(field) if isinstance(body, dict) else None
-    if not isinstance(text, str):
-        raise ValueError("must be there, as a string")
-    return text
-
-
 def canonical_email(text):
     """The one form in which an address is stored: ASCII, lower case, IDNA domain.
 
@@ -293,11 +288,11 @@ def canonical_email(text):
 def canonical_password(text):
     """NFC (RFC 8265), 8 to 128 code points, none that HTTP Basic forbids (RFC 7617).
 
-    No rules of composition, but none of the common ones: NIST SP 800-63B, 5.1.1.2.
+    No composition rules; common passwords are refused: NIST SP 800-63B, 5.1.1.2.
     """
     text = unicodedata.normalize("NFC", text)
     if not 8 <= len(text) <= 128:
-        raise ValueError("must have 8 to 128 characters")
+        raise ValueError("must be a string of 8 to 128 characters")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
         raise ValueError("must not have control characters or lone surrogates")
     if text.lower() in COMMON_PASSWORDS:
@@ -315,7 +310,7 @@ def names_address(password, email):
 def four_digits(text):
     """A code; isdigit() would take the digits of every script."""
     if not re.fullmatch("[0-9]{4}", text):
-        raise ValueError("must be four digits")
+        raise ValueError("must be a string of four digits")
     return text
 
 
@@ -335,7 +330,7 @@ def client():
         address = getattr(address, "ipv4_mapped", None) or address
         prefix = 64 if address.version == 6 else 32
         return str(ipaddress.ip_network((address.packed, prefix), strict=False))
-    return "unknown"   # a proxy that does not tell: all its clients count as one
+    return "unknown"   # a proxy that does not tell: its clients count as one
 
 
 # -- Places: the short queue, and the connections to both servers ----------------------
@@ -357,20 +352,23 @@ class Place:
     def open(self):
         """Open both: after gunicorn's fork, and anew where one died while idle.
 
-        Nothing comes unasked on either, so what makes it readable is its end.
+        What can be read while idle is the end, or an alarm of the broker.
         """
         if self.db and not ready(self.db) and not ready(self.broker.connection.sock):
             return
         self.close()
         self.broker.ensure_connection(   # each of its hosts once
             max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
-        self.producer = Producer(self.broker.default_channel)
-        self.db = psycopg2.connect(
-            DATABASE_URL, cursor_factory=NamedTupleCursor,
-            # Else what was given up here would go on there, with its locks.
-            options=f"-c statement_timeout={TIMEOUT}s "
-                    f"-c idle_in_transaction_session_timeout={3 * TIMEOUT}s")
+        channel = self.broker.default_channel
+        DEAD_QUEUE.declare(channel=channel)
+        MAIL_QUEUE.declare(channel=channel)
+        self.producer = Producer(channel)
+        self.db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
         self.db.autocommit = True   # a lone statement is one round trip
+        # Otherwise a statement given up here would run on there, with its locks.
+        self.db.cursor().execute(
+            "SET statement_timeout = %s; SET idle_in_transaction_session_timeout = %s",
+            [f"{TIMEOUT}s", f"{3 * TIMEOUT}s"])
 
     def close(self):
         """Forget both connections; kombu's close() would wait for the broker."""
@@ -398,7 +396,7 @@ def leave_place(error):
 
 
 def ready(file, events=select.POLLIN, seconds=0):
-    """Whether a socket is readable or writable in time; select() ends at file 1,024."""
+    """Whether a socket is ready in time; select() takes none above 1,023."""
     poll = select.poll()
     poll.register(file, events)
     return poll.poll(1000 * seconds)
@@ -462,7 +460,7 @@ def count_request(name, subject, allowed, seconds):
         RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
         """, name=name, subject=subject, seconds=seconds)
     if limit.count > allowed:
-        abort(429, "Too many requests for this address or from here.",
+        abort(429, "Too many requests for this address or from this client.",
               retry_after=limit.wait)
 
 
@@ -511,18 +509,18 @@ def spend_attempt(account, code_digest):
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
         code_digest=code_digest, allowed=CODE_ATTEMPTS)
-    return row is not None and row.activated_at is not None
+    return row and row.activated_at
 
 
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    issued_at is in seconds since 1970; the mail is useless so many seconds later. If
-    COMMIT fails after it, no harm is done: its code matches no row. Mandatory: a queue
-    that is gone is then an error and not a mail that nobody misses.
+    issued_at is in seconds since 1970; a lifetime in seconds later the mail is useless.
+    If COMMIT fails after it, no harm is done: its code matches no row. Mandatory: if
+    the queue is gone, that is an error and not a mail silently lost.
     """
     g.place.producer.publish(
         {"template": template, "email": email, "issued_at": issued_at,
          "expires_at": issued_at + lifetime, **fields},
-        routing_key=MAIL_QUEUE.name, mandatory=True, declare=[DEAD_QUEUE, MAIL_QUEUE],
-        message_id=secrets.token_hex(16), timeout=TIMEOUT, confirm_timeout=TIMEOUT)
+        routing_key=MAIL_QUEUE.name, mandatory=True, message_id=secrets.token_hex(16),
+        timeout=TIMEOUT, confirm_timeout=TIMEOUT)

@@ -306,15 +306,18 @@ def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
         assert not mailer.smtp.tries[late]
 
 
-def test_it_does_not_hold_up_others_for_one_that_is_greylisted(mailer, job):
-    mailer.smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 1000
-    put(mailer.broker, job)
-    wait_until(lambda: mailer.smtp.tries[job["email"]])
+def test_it_does_not_hold_up_others_for_many_that_are_greylisted(mailer, job):
+    emails = [fresh_email() for _ in range(100)]
+    for email in emails:
+        mailer.smtp.replies["RCPT", email] = ["450 greylisted"] * 1000
+        put(mailer.broker, job | {"email": email})
+    wait_until(lambda: all(mailer.smtp.tries[email] for email in emails))
 
     assert next_mail_arrives(mailer, job)
-    assert not mailer.smtp.mails_to(job["email"])
-    mailer.smtp.replies["RCPT", job["email"]].clear()
-    assert arrived(mailer.smtp, job["email"])
+    assert not any(mailer.smtp.mails_to(email) for email in emails)
+    for email in emails:
+        mailer.smtp.replies["RCPT", email].clear()
+    assert all(arrived(mailer.smtp, email) for email in emails)
 
 
 def test_it_keeps_a_session_for_mails_in_a_row_and_ends_it_while_idle(
@@ -385,11 +388,19 @@ def test_it_dead_letters_a_job_without_one_of_its_keys(mailer, job, key):
     {"application_headers": {"compression": "application/x-gzip"}},
     {"application_headers": {"compression": "unheard of"}},
     {"application_headers": {"compression": 7}},
-    {"content_type": "application/x-yaml"}, {"content_type": "text/plain"}], ids=str)
+    {"content_type": "application/x-yaml"}, {"content_type": "text/plain"},
+    {"message_id": "1\r\nBcc: eve@example.com"}], ids=str)
 def test_it_dead_letters_a_job_in_a_form_that_nobody_wrote(mailer, job, properties):
     message_id = put(mailer.broker, job, **properties)
 
     assert take(mailer.broker, DEAD).properties["message_id"] == message_id
+    assert next_mail_arrives(mailer, job)
+
+
+def test_it_dead_letters_a_job_without_an_id(mailer, job):
+    put(mailer.broker, job, message_id=None)
+
+    assert "message_id" not in take(mailer.broker, DEAD).properties
     assert next_mail_arrives(mailer, job)
 
 

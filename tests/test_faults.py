@@ -329,6 +329,19 @@ def test_it_waits_for_no_lock_longer_than_a_caller_would(servers, system):
     assert heals(system, email, code)
 
 
+def test_it_logs_what_happened_and_not_the_rollback_that_failed_in_turn(
+        servers, system):
+    email, _ = registered(system)
+    before = len(system.api.log.read_text())
+
+    with row_locked(servers, email):
+        register(system, email, ANOTHER)
+
+    [outage] = [line for line in system.api.log.read_text()[before:].splitlines()
+                if "event=outage" in line]
+    assert "server=database" in outage and "InterfaceError" not in outage
+
+
 def test_it_leaves_no_statement_waiting_that_it_gave_up(servers, system):
     email, _ = registered(system)
 

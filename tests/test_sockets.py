@@ -45,6 +45,13 @@ def test_it_refuses_ambiguous_or_broken_framing(service, framing):
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
+def test_it_does_not_wait_for_a_body_that_is_said_to_be_too_large(service):
+    with connect(service, receive=5) as caller:
+        caller.sendall(POST + b"Content-Length: 100000\r\n\r\n")
+
+        assert caller.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
 def test_it_does_not_take_the_rest_of_a_refused_body_for_a_request(service):
     hidden = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 

@@ -200,10 +200,18 @@ def sockets_of(api):
                if file.is_symlink())
 
 
-def test_it_does_not_notice_that_its_idle_connections_were_cut(servers, system):
+def test_it_does_not_notice_that_its_idle_broker_connections_were_cut(servers, system):
     registered(system)
 
     servers.rabbitmq.ctl("close_all_connections", "-p", "faults", "cut")
+
+    answers = [register(system, fresh_email()).status for _ in range(10)]
+    assert answers == [202] * 10
+
+
+def test_it_does_not_notice_that_its_idle_sessions_were_cut(servers, system):
+    registered(system)
+
     wait_until(lambda: servers.postgres.psql(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()") == "")
@@ -334,8 +342,11 @@ def test_it_logs_what_happened_and_not_the_rollback_that_failed_in_turn(
     email, _ = registered(system)
     before = len(system.api.log.read_text())
 
-    with row_locked(servers, email):
-        register(system, email, ANOTHER)
+    with ThreadPoolExecutor() as threads, row_locked(servers, email):
+        under_way = threads.submit(register, system, email, ANOTHER)
+        wait_until(lambda: statements_waiting(servers))
+        with server_paused(servers.postgres):
+            under_way.result()
 
     [outage] = [line for line in system.api.log.read_text()[before:].splitlines()
                 if "event=outage" in line]

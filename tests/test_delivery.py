@@ -289,6 +289,18 @@ def test_it_gives_up_at_the_deadline(broker, start_consumer, smtp, job, trouble)
     assert waiting_in(broker) == waiting_in(broker, DEAD) == 0
 
 
+def test_it_tries_a_mail_server_that_is_away_once_a_second_and_not_once_a_job(
+        broker, start_consumer, job):
+    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(start.free_port()))
+
+    ends = time.time() + 4
+    for _ in range(20):
+        put(broker, job | {"email": fresh_email(), "expires_at": ends})
+
+    wait_until(lambda: mailer.log.read_text().count("outcome=expired") == 20)
+    assert 0 < mailer.log.read_text().count("outcome=retry") < 20
+
+
 def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
         broker, start_service, start_consumer, job):
     port = start.free_port()

@@ -421,8 +421,7 @@ FILL = """
     SELECT 'account' || n || '@example.com',
            '$argon2id$v=19$m=12288,t=3,p=1$' || left(md5('salt' || n), 22) || '$'
                || left(encode(sha256(n::text::bytea), 'base64'), 43),
-           CASE WHEN n % 10 = 0 THEN sha256(n::text::bytea) END,
-           CASE WHEN n % 10 = 0 THEN now() - interval '1 minute' END,
+           sha256(n::text::bytea), now() - interval '1 minute',
            now() - CASE WHEN n % 10 = 0 THEN n % 20 / 10 * interval '2 days'
                         ELSE interval '30 days' END,
            CASE WHEN n % 10 > 0 THEN now() - interval '30 days' END

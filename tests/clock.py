@@ -39,8 +39,10 @@ def add_accounts(url, count):
             SELECT 'waiting' || n || '@example.com', password_hash, code_digest,
                    expires_at
               FROM users, generate_series(1, %(count)s) AS n;
-            INSERT INTO users (email, password_hash, activated_at)
-            SELECT 'active' || n || '@example.com', password_hash, now()
+            INSERT INTO users (email, password_hash, code_digest, expires_at,
+                               activated_at)
+            SELECT 'active' || n || '@example.com', password_hash, code_digest,
+                   expires_at, now()
               FROM users, generate_series(1, %(count)s) AS n
              WHERE email = 'first@example.com'
             """, {"count": count})

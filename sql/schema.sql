@@ -38,9 +38,9 @@ CREATE UNLOGGED TABLE limits (
 -- Finds the windows that are over.
 CREATE INDEX limits_expired ON limits (expires_at);
 
--- Every counted request takes away a few rows whose time is over, more than it can add, so
--- nothing piles up and no cron is needed. It runs after the counting, and rows that another
--- request holds are skipped: it never waits.
+-- Every request takes away a few rows whose time is over, more than it can add, so
+-- nothing piles up and no cron is needed. It runs once a request, with the client's limit,
+-- after the counting; rows that another request holds are skipped: it never waits.
 -- By index whatever the statistics say: a session keeps the plans that it made while the
 -- tables were small, and reading all of them later would take half a second a request.
 CREATE FUNCTION tidy() RETURNS trigger LANGUAGE plpgsql
@@ -52,7 +52,7 @@ BEGIN
              FROM limits
             WHERE expires_at < now()
             ORDER BY expires_at
-            LIMIT 3
+            LIMIT 8
               FOR UPDATE SKIP LOCKED);
 
     DELETE FROM users
@@ -62,11 +62,12 @@ BEGIN
             WHERE activated_at IS NULL
               AND registered_at < now() - interval '1 day'
             ORDER BY registered_at
-            LIMIT 3
+            LIMIT 8
               FOR UPDATE SKIP LOCKED);
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER tidy AFTER INSERT ON limits EXECUTE FUNCTION tidy();
+CREATE TRIGGER tidy AFTER INSERT OR UPDATE ON limits
+    FOR EACH ROW WHEN (NEW.name LIKE '% client') EXECUTE FUNCTION tidy();
 
 COMMIT;

@@ -37,6 +37,15 @@ def test_it_activates_and_mails_a_confirmation(service):
     assert mailed_to(service, email, 2)["subject"] == "Your account is active"
 
 
+def test_it_notes_when_an_account_became_active(service, database):
+    email = activated(service)
+
+    noted = database("""SELECT activated_at > registered_at
+                          FROM users WHERE email = %s""", [email])
+
+    assert noted == [(True,)]
+
+
 def test_it_takes_a_code_once(service):
     email, code = registered(service)
 

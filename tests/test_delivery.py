@@ -319,17 +319,17 @@ def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
 
 
 def test_it_does_not_hold_up_others_for_many_that_are_greylisted(mailer, job):
-    emails = [fresh_email() for _ in range(100)]
-    for email in emails:
-        mailer.smtp.replies["RCPT", email] = ["450 greylisted"] * 1000
-        put(mailer.broker, job | {"email": email})
-    wait_until(lambda: all(mailer.smtp.tries[email] for email in emails))
+    addresses = [fresh_email() for _ in range(100)]
+    for address in addresses:
+        mailer.smtp.replies["RCPT", address] = ["450 greylisted"] * 1000
+        put(mailer.broker, job | {"email": address})
+    wait_until(lambda: all(mailer.smtp.tries[address] for address in addresses))
 
     assert next_mail_arrives(mailer, job)
-    assert not any(mailer.smtp.mails_to(email) for email in emails)
-    for email in emails:
-        mailer.smtp.replies["RCPT", email].clear()
-    assert all(arrived(mailer.smtp, email) for email in emails)
+    assert not any(mailer.smtp.mails_to(address) for address in addresses)
+    for address in addresses:
+        mailer.smtp.replies["RCPT", address].clear()
+    assert all(arrived(mailer.smtp, address) for address in addresses)
 
 
 def test_it_keeps_a_session_for_mails_in_a_row_and_ends_it_while_idle(

@@ -499,6 +499,21 @@ def test_it_goes_on_when_a_worker_is_killed(start_service):
     wait_until(lambda: len(workers_of(api)) == 2)
 
 
+def test_it_hashes_on_when_workers_are_killed_in_a_hash(start_service):
+    api = start_service()
+    with ThreadPoolExecutor(16) as threads:
+        requests = [threads.submit(register, api, fresh_email()) for _ in range(16)]
+        wait(requests, return_when=FIRST_COMPLETED)
+        for worker in workers_of(api):
+            os.kill(worker, signal.SIGKILL)
+
+    wait_until(lambda: len(workers_of(api)) == 2)
+
+    answers = at_once(*[lambda: timed(lambda: register(api, fresh_email()))] * 4)
+    assert [answer.status for answer in answers] == [202] * 4
+    assert all(answer.seconds < 5 for answer in answers)
+
+
 def workers_of(api):
     return start.tree(api.process.pid)[1:]
 

@@ -5,7 +5,7 @@
     caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
 
 Run:    gunicorn service:app
-Read:   settings, topology, endpoints, then each step in the order in which they take it
+Read:   settings, topology, endpoints, errors, then each step in the endpoints' order
 Words:  waiting   registered, the code not yet sent back
         pair      password and code of one registration: they live and die together
         place     a seat in the short queue for the cores, with its own two connections

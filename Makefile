@@ -7,6 +7,7 @@ help:
 	@echo "make chaos   ten minutes of load while servers and processes are killed"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock   whether the time of an answer tells who is registered"
+	@echo "make common-passwords   write the block list anew, from Django's"
 
 run: .venv/complete
 	@.venv/bin/python tests/servers.py
@@ -25,6 +26,9 @@ clock: .venv/complete
 
 bench: .venv/complete
 	.venv/bin/python tests/bench.py
+
+common-passwords: .venv/complete
+	.venv/bin/python tests/common_passwords.py > common-passwords.txt
 
 # Made anew when the locks change. Debian ships venv without what it needs.
 .venv/complete: requirements.lock tests/requirements.lock
@@ -51,4 +55,4 @@ lock: .venv/complete
 LOCK = --quiet --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
 	--no-emit-find-links
 
-.PHONY: help run test chaos failover clock bench venv lock
+.PHONY: help run test chaos failover clock bench common-passwords venv lock

@@ -5,22 +5,23 @@
 
 Run:    python consumer.py          as many as you like: they share the queue
 
-What becomes of a job: the first row that fits counts, the last column settles it.
+What becomes of a job. The first match wins; the last column says how it is settled.
 
-    a signal to stop has come                      leave it to others    (never)
-    nothing can be made of it                      dead-letter it        reject
-    this process sent it before, and then the
-    connection broke, so it was delivered again    nothing more to do    ack
-    its time is over, the code in it is dead       send nothing          ack
-    the mail server takes the mail                                       ack
-    the mail server refuses the mail for good,     dead-letter it        reject
-    5xx
-    any other trouble: connection, login, 4xx      from the top in 1 s   (not yet)
+    unreadable    it cannot be turned into a mail                  reject: mail.dead
+    sent-before   this process has sent it, but the connection
+                  broke before the broker had the ack              ack
+    expired       its deadline has passed: nothing is sent         ack
+    sent          the mail server has accepted the mail            ack
+    refused       the mail server refuses it for good: 5xx for     reject: mail.dead
+                  the recipient or the content
+    retry         any other trouble: connection, login, 4xx, or    not yet: tried again
+                  5xx for the sender                               in a few seconds
 """
 
 import html
 import logging
 import os
+import re
 import signal
 import smtplib
 import ssl
@@ -29,77 +30,63 @@ import time
 from collections import deque
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
-from email.policy import SMTP
 from email.utils import formataddr, formatdate, parseaddr
 
 from amqp.exceptions import AMQPError
 from dotenv import load_dotenv
 from kombu import Connection, Consumer, Queue
-from kombu.common import eventloop
 from kombu.exceptions import KombuError
 
-# -- Settings: the environment, else .env ----------------------------------------------
+# -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None):
-    """An environment variable; a whole number if its default is one."""
+def setting(name, default=None, pattern=".+"):
+    """The text of an environment variable. It must match the regular expression."""
     text = os.environ.get(name) or default
-    if text is None or isinstance(default, int) and not str(text).isdecimal():
-        raise SystemExit(f"{name} is missing or malformed; .env.example explains it")
-    return int(text) if isinstance(default, int) else text
+    if text is None or not re.fullmatch(pattern, text):
+        raise SystemExit(f"{name} is missing or malformed; see .env.example")
+    return text
 
+
+ADDRESS = "[!-~]+@[!-~]+"       # ASCII, no spaces
 
 load_dotenv()
-BROKER_URL = setting("BROKER_URL")
+BROKER_URL = setting("BROKER_URL", None, "amqps?://.+")
 SMTP_HOST = setting("SMTP_HOST", "localhost")
-SMTP_PORT = setting("SMTP_PORT", 1025)
-SMTP_USERNAME = setting("SMTP_USERNAME", "")
-SMTP_PASSWORD = setting("SMTP_PASSWORD", "")
-SMTP_TLS = setting("SMTP_TLS", "none")
-MAIL_FROM = formataddr(parseaddr(setting("MAIL_FROM")))   # "a@b" or "Ann <a@b>"
-LOG_LEVEL = setting("LOG_LEVEL", "INFO").upper()
-if SMTP_TLS not in ("none", "starttls", "tls"):
-    raise SystemExit("SMTP_TLS must be none, starttls or tls")
+SMTP_PORT = int(setting("SMTP_PORT", "1025", "[1-9][0-9]{0,4}"))
+SMTP_USERNAME = setting("SMTP_USERNAME", "", ".*")
+SMTP_PASSWORD = setting("SMTP_PASSWORD", "", ".*")
+SMTP_TLS = setting("SMTP_TLS", "none", "none|starttls|tls")
+MAIL_FROM = setting("MAIL_FROM", None, f"{ADDRESS}|.* <{ADDRESS}>")
+LOG_LEVEL = setting(
+    "LOG_LEVEL", "INFO", "(?i)debug|info|warning|error|critical").upper()
 
-SENDER = parseaddr(MAIL_FROM)[1]
-SMTP_TIMEOUT = 4      # seconds for each answer of the mail server
-RETRY_AFTER = 1       # seconds until a job is tried again, or a broken connection
-PREFETCH = 1000       # unsettled jobs: so many can wait and hold up no other
-STOP_WITHIN = 7       # seconds from SIGTERM to the end, whatever hangs
+NAME, SENDER = parseaddr(MAIL_FROM)
+SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute over its 250
+HEARTBEAT = 60        # seconds; after two of them in silence, RabbitMQ gives us up
+RETRY_AFTER = 3       # seconds until a job is tried again
+PREFETCH = 1000       # jobs that may wait for a retry before no new ones come
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
 log = logging.getLogger("consumer")
 
-# -- Topology: the same lines stand in service.py --------------------------------------
+# -- Topology: service.py has the same lines -------------------------------------------
 
 DEAD_QUEUE = Queue("mail.dead", queue_arguments={
-    "x-queue-type": "quorum",               # on disk, and on several nodes if there are
+    "x-queue-type": "quorum",               # on disk, replicated in a cluster
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
-    "x-max-length": 10_000})                # then the oldest go
+    "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, and a 503
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
     "x-delivery-limit": 1_000_000,          # a job ends by its deadline instead
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The three mails -------------------------------------------------------------------
 
-
-def mime(subject, text):
-    """A mail in both forms with its {fields} still to fill in: making one is slow."""
-    paragraphs = html.escape(text).replace("\n\n", "</p>\n<p>")
-    mail = MIMEMultipart("alternative", _subparts=[   # base64 would hide {fields}
-        MIMEText(text, "plain", "us-ascii"),
-        MIMEText(f"<p>{paragraphs}</p>", "html", "us-ascii")])
-    mail["From"], mail["To"], mail["Date"] = "{sender}", "{email}", "{date}"
-    mail["Subject"], mail["Message-ID"] = subject, "{message_id}"
-    mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: nobody's robot shall answer
-    return mail.as_string(policy=SMTP)
-
-
-MAILS = {
-    "code": mime("Your code", """\
+MAILS = {   # template: (subject, text)
+    "code": ("Your code", """\
 This is the code for your new account:
 
 {code}
@@ -108,90 +95,126 @@ It was issued at {issued} and works for {lifetime:.0f} seconds.
 If you asked more than once, only the newest code works.
 
 You did not ask for it? Then somebody mistyped an address: please ignore this mail."""),
-    "notice": mime("You already have an account", """\
+    "notice": ("You already have an account", """\
 Somebody, probably you, has just tried to register this address.
-It has an active account already, and nothing about that account has changed."""),
-    "confirmation": mime("Your account is active", """\
+It already has an active account, and nothing about that account has changed."""),
+    "confirmation": ("Your account is active", """\
 Welcome! This address is confirmed, and your account is active."""),
 }
 
 
 def build(job, message_id):
-    """The mail of a job, as bytes for SMTP; raises whatever is wrong with the job.
+    """The mail of a job, as text and HTML; raises whatever is wrong with the job.
 
     The Message-ID is the job's, so that a mailbox can recognise a second copy.
     """
-    if not (job["email"] + message_id).isprintable():
-        raise ValueError("control characters")
-    return MAILS[job["template"]].format(
-        **job, sender=MAIL_FROM, date=formatdate(),
-        message_id=f"<{message_id}@{SENDER.rpartition('@')[2]}>",
-        lifetime=job["expires_at"] - job["issued_at"], issued=time.strftime(
-            "%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))).encode("ascii")
+    if not re.fullmatch(ADDRESS, job["email"]):
+        raise ValueError("the address is malformed")
+    if not re.fullmatch("[0-9A-Za-z-]+", message_id):
+        raise ValueError("the id is malformed")
+    subject, text = MAILS[job["template"]]
+    issued = time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))
+    text = text.format(
+        **job, issued=issued, lifetime=job["expires_at"] - job["issued_at"])
+    paragraphs = html.escape(text).replace("\n\n", "</p>\n<p>")
+    mail = MIMEMultipart("alternative", _subparts=[
+        MIMEText(text), MIMEText(f"<p>{paragraphs}</p>", "html")])
+    mail["From"], mail["To"] = formataddr((NAME, SENDER)), job["email"]
+    mail["Subject"], mail["Date"] = subject, formatdate()
+    mail["Message-ID"] = f"<{message_id}@{SENDER.rpartition('@')[2]}>"
+    mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: auto-responders keep quiet
+    return mail.as_string()   # a third of the time that EmailMessage takes
 
 
 # -- One job ---------------------------------------------------------------------------
 
-waiting = deque()               # (when to try again, message), not settled yet
-sent = deque(maxlen=PREFETCH)   # ids: no more acks can be lost with a connection
-smtp = None                     # the open session: opening one takes longer than a mail
+retries = deque()               # (when, message), not settled yet
+sent = deque(maxlen=PREFETCH)   # ids; no more acks than that can be lost at once
 
 
 def on_message(message):
-    """Settle a job, or put it aside: the table at the top."""
-    global smtp
-    if stopping:
-        return None              # the broker delivers it to another
+    """Try a job, and settle it as the table at the top says."""
+    if not stopping:   # else the broker delivers it to another consumer
+        settle(message, *process(message))
+
+
+def process(message):
+    """Try to send the mail of a job: (its outcome, the error behind it or None)."""
     message_id = message.properties.get("message_id")
     try:
         job = message.payload
         expires_at, mail = float(job["expires_at"]), build(job, message_id)
-    except Exception as error:   # whatever it is: dead-lettered, it can be looked at
-        log_job("unreadable", message_id, error)
-        return message.reject()
+    except Exception as error:   # whatever it is: in mail.dead, somebody can look at it
+        return "unreadable", error
     if message.delivery_info["redelivered"] and message_id in sent:
-        log_job("sent-before", message_id)
-        return message.ack()
-    if not time.time() < expires_at:   # so that NaN counts as expired
-        log_job("expired", message_id)
-        return message.ack()
+        return "sent-before", None
+    if not time.time() < expires_at:   # NaN counts as expired
+        return "expired", None
     try:
-        smtp = smtp or connect()
-        smtp.sendmail(SENDER, [job["email"]], mail)
-    except OSError as error:   # as all exceptions of smtplib are
-        if smtp is None:
-            time.sleep(RETRY_AFTER)   # no session: one try a second, not one a job
-        disconnect()
-        if refused_for_good(error):
-            log_job("refused", message_id, error)
-            return message.reject()
-        log_job("retry", message_id, error)
-        return waiting.append((time.monotonic() + RETRY_AFTER, message))
+        send(job["email"], mail)
+    except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
+        return ("refused" if reply_code(error) >= 500 else "retry"), error
+    except OSError as error:   # as all other exceptions of smtplib are
+        return "retry", error
     sent.append(message_id)
-    log_job("sent", message_id)
-    return message.ack()
+    return "sent", None
 
 
-def log_job(outcome, message_id, error=None):
-    """One line; of an error only class and code, since replies quote the address."""
-    log.info("event=job id=%s outcome=%s error=%s code=%s", message_id, outcome,
-             type(error).__name__ if error else "-", getattr(error, "smtp_code", "-"))
+LEVELS = {"unreadable": logging.ERROR, "refused": logging.ERROR,
+          "expired": logging.WARNING, "retry": logging.WARNING,
+          "sent": logging.INFO, "sent-before": logging.INFO}
+
+
+def settle(message, outcome, error=None):
+    """Log the outcome, and tell the broker.
+
+    Of an error, only class and code are logged: mail servers' replies quote addresses.
+    """
+    log.log(LEVELS[outcome], "event=job job=%s outcome=%s error=%s code=%s",
+            message.properties.get("message_id"), outcome,
+            type(error).__name__ if error else "-", reply_code(error) or "-")
+    if outcome in ("unreadable", "refused"):
+        message.reject()
+    elif outcome == "retry":
+        retries.append((time.monotonic() + RETRY_AFTER, message))
+    else:
+        message.ack()
 
 
 # -- SMTP ------------------------------------------------------------------------------
 
+smtp = None   # the open session: opening one takes longer than sending a mail
+
+
+def send(email, mail):
+    """Send a mail over the open session or a new one. A refusal does not end it."""
+    global smtp
+    smtp = smtp or connect()
+    try:
+        smtp.sendmail(SENDER, [email], mail)
+    except OSError as error:
+        if reply_code(error) in (None, 421):   # 421: the server ends the session
+            disconnect()
+        else:
+            smtp.rset()   # smtplib does not, where DATA itself is refused
+        raise
+
 
 def connect():
     """A session, encrypted and logged in as the settings say."""
-    tls = ssl.create_default_context()   # it verifies certificates
+    tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_TIMEOUT}
-    session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
-               else smtplib.SMTP(**server))
-    if SMTP_TLS == "starttls":
-        session.starttls(context=tls)
-    if SMTP_USERNAME:
-        session.login(SMTP_USERNAME, SMTP_PASSWORD)
-    return session
+    try:
+        session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
+                   else smtplib.SMTP(**server))
+        if SMTP_TLS == "starttls":
+            session.starttls(context=tls)
+        if SMTP_USERNAME:
+            session.login(SMTP_USERNAME, SMTP_PASSWORD)
+        return session
+    except OSError:
+        time.sleep(1)   # so that it is tried once a second, and not once per job
+        raise
 
 
 def disconnect():
@@ -202,18 +225,11 @@ def disconnect():
     smtp = None
 
 
-REFUSALS = (smtplib.SMTPSenderRefused, smtplib.SMTPRecipientsRefused,
-            smtplib.SMTPDataError)
-
-
-def refused_for_good(error):
-    """Whether it is a 5xx for this mail.
-
-    One for the greeting, TLS or login is about our settings: somebody will mend them.
-    """
+def reply_code(error):
+    """The reply code that an exception of smtplib carries, or None."""
     if isinstance(error, smtplib.SMTPRecipientsRefused):
-        [(error.smtp_code, _)] = error.recipients.values()
-    return isinstance(error, REFUSALS) and error.smtp_code >= 500
+        return max(code for code, _ in error.recipients.values())   # we name only one
+    return getattr(error, "smtp_code", None)
 
 
 # -- The loop --------------------------------------------------------------------------
@@ -222,57 +238,62 @@ stopping = False
 
 
 def stop(number, frame):
-    """SIGTERM or Ctrl-C: finish the mail under way. SIGALRM: it hangs, so end now."""
+    """SIGTERM or Ctrl-C: finish the mail under way, then end."""
     global stopping
     stopping = True
-    if number == signal.SIGALRM:
-        raise SystemExit
-    signal.alarm(STOP_WITHIN)
 
 
 def consume(connection):
-    """Take jobs until a signal or until the connection breaks.
+    """Take jobs until a signal comes or the connection breaks.
 
     A plain loop: kombu's ConsumerMixin does not end while the broker is down, and
     sends one more mail after SIGTERM.
     """
     channel = connection.default_channel
     DEAD_QUEUE.declare(channel=channel)
-    waiting.clear()   # the broker delivers them again
-    Consumer(channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
-             # By default kombu acks what it cannot decode, and it would be gone.
-             on_decode_error=lambda message, error: message.reject(),
-             prefetch_count=PREFETCH).consume()
+    retries.clear()   # the broker delivers them again
+    consumer = Consumer(
+        channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
+        # By default, kombu acks what it cannot decode, and it would be lost.
+        on_decode_error=lambda message, error: settle(message, "unreadable", error),
+        prefetch_count=PREFETCH)
+    consumer.consume()
     log.info("event=consuming queue=%s", MAIL_QUEUE.name)
     while not stopping:
-        connection.heartbeat_check()
-        pause = waiting[0][0] - time.monotonic() if waiting else RETRY_AFTER
-        if pause <= 0:
-            on_message(waiting.popleft()[1])
-        taken = list(eventloop(connection, limit=1, timeout=max(0, pause),
-                               ignore_timeouts=True))   # [] if nothing came
-        if not taken and not waiting:
+        wait(connection)
+    consumer.cancel()   # when this round trip returns, the broker has our acks
+
+
+def wait(connection):
+    """Try the first job again if it is due, and take what the broker sends."""
+    due = bool(retries) and retries[0][0] <= time.monotonic()
+    if due:
+        on_message(retries.popleft()[1])
+    try:
+        connection.drain_events(timeout=0 if due else 1)   # calls on_message
+    except TimeoutError:
+        if not due:
             disconnect()   # while idle, so that no session grows stale
-    MAIL_QUEUE.declare(channel=channel)   # its answer tells that our acks have arrived
+    connection.heartbeat_check()
 
 
 def main():
-    """Consume until a signal, over as many connections as it takes."""
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGALRM:
-        signal.signal(number, stop)
+    """Consume until a signal comes, over as many connections as it takes."""
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     while not stopping:
         connection = Connection(
-            BROKER_URL, heartbeat=20, connect_timeout=2,
+            BROKER_URL, heartbeat=HEARTBEAT, connect_timeout=2,
             transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
-            connection.ensure_connection(
+            connection.ensure_connection(   # tries each host once
                 max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
             consume(connection)
         except (AMQPError, KombuError, OSError) as error:
-            log.warning("event=outage error=%s", type(error).__name__)
-            time.sleep(RETRY_AFTER)
+            log.warning("event=outage server=broker error=%s", type(error).__name__)
+            time.sleep(1)
         finally:
-            connection.collect()   # close() would wait for the broker
+            connection.collect()   # a proper close() would wait for the broker
     log.info("event=stopped")
 
 

@@ -1,9 +1,8 @@
 """A bare `gunicorn service:app` is the production set-up."""
 
-import ctypes
-import gc
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,37 +11,21 @@ from dotenv import load_dotenv
 
 load_dotenv(Path(__file__).with_name(".env"))
 
-worker_class = "gthread"
-workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count())
-# More threads than places (see service.py): the others answer 503 while those work. A
-# thread has no connection of its own; places have, at most 90 of them over all workers.
-threads = 32
-preload_app = True                 # a wrong setting stops the start; memory is shared
-timeout = 30
-graceful_timeout = 7               # SIGTERM: exit within 10 seconds
-keepalive = 5
+LOG_LEVEL = (os.environ.get("LOG_LEVEL") or "INFO").upper()
+WEB_CONCURRENCY = os.environ.get("WEB_CONCURRENCY") or str(2 * os.cpu_count() + 1)
+if LOG_LEVEL not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+    raise SystemExit("LOG_LEVEL is malformed; see .env.example")
+if not re.fullmatch("[1-9][0-9]{0,3}", WEB_CONCURRENCY):
+    raise SystemExit("WEB_CONCURRENCY is malformed; see .env.example")
+
+# Each worker handles one request at a time. While one waits for a server, others hash.
+workers = int(WEB_CONCURRENCY)
+backlog = 128 * os.cpu_count()   # two seconds of work; the kernel accepts no more
+preload_app = True               # a wrong setting stops the start; memory is shared
+timeout = 15                     # seconds until a worker that hangs is replaced
+graceful_timeout = 7             # seconds after SIGTERM: the process ends within 10
 control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8    # glibc's malloc.h
-
-
-def when_ready(server):
-    """What was loaded before the fork stays shared by the workers."""
-    gc.freeze()
-
-
-def post_fork(server, worker):
-    """Keep Argon2's 12 MiB for the next hash, in one arena: 61 MB a worker, not 230."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)           # musl has none
-    if mallopt:
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 256 << 20)
-
-
-# Everything in the one form, logfmt. service.py logs the requests itself.
-logging.Formatter.converter = time.gmtime
 
 
 def shorten(record):
@@ -52,23 +35,21 @@ def shorten(record):
     return True
 
 
+# One line per event, logfmt, UTC. service.py logs the requests itself.
+logging.Formatter.converter = time.gmtime
+EVENT = "time=%(asctime)s level=%(levelname)s "
 logconfig_dict = {
-    "version": 1,
-    "disable_existing_loggers": False,
+    "version": 1, "disable_existing_loggers": False,
     "filters": {"shorten": {"()": lambda: shorten}},
     "formatters": {
-        "logfmt": {"format": "time=%(asctime)s level=%(levelname)s %(message)s",
-                   "datefmt": "%Y-%m-%dT%H:%M:%SZ"},
-        "gunicorn": {"format": 'time=%(asctime)s level=%(levelname)s event=gunicorn '
-                               'message="%(message)s"',
-                     "datefmt": "%Y-%m-%dT%H:%M:%SZ"}},
+        "ours": {"format": EVENT + "%(message)s", "datefmt": "%Y-%m-%dT%H:%M:%SZ"},
+        "gunicorn's": {"format": EVENT + 'event=gunicorn message="%(message)s"',
+                       "datefmt": "%Y-%m-%dT%H:%M:%SZ"}},
     "handlers": {
-        "logfmt": {"class": "logging.StreamHandler", "formatter": "logfmt",
-                   "stream": sys.stdout},
-        "gunicorn": {"class": "logging.StreamHandler", "formatter": "gunicorn",
-                     "filters": ["shorten"], "stream": sys.stdout}},
-    "root": {"level": (os.environ.get("LOG_LEVEL") or "INFO").upper(),
-             "handlers": ["logfmt"]},
-    "loggers": {
-        "gunicorn.error": {"handlers": ["gunicorn"], "propagate": False}},
+        "ours": {"class": "logging.StreamHandler", "stream": sys.stdout,
+                 "formatter": "ours"},
+        "gunicorn's": {"class": "logging.StreamHandler", "stream": sys.stdout,
+                       "formatter": "gunicorn's", "filters": ["shorten"]}},
+    "root": {"level": LOG_LEVEL, "handlers": ["ours"]},
+    "loggers": {"gunicorn.error": {"handlers": ["gunicorn's"], "propagate": False}},
 }

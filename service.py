@@ -1,34 +1,37 @@
-"""Registration by e-mail: an account is active once its owner has sent back a code.
+"""Registration by e-mail: an account becomes active once its owner sends back a code.
 
     caller -- POST /users/register ---> service.py --> PostgreSQL: a waiting account
                                             +-------> RabbitMQ --> consumer.py --> mail
     caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
+                                            +-------> RabbitMQ --> consumer.py --> mail
 
-Run:    gunicorn service:app
-Read:   settings, topology, endpoints, errors, then each step in the endpoints' order
-Words:  waiting   registered, the code not yet sent back
-        pair      password and code of one registration: they live and die together
-        place     a seat in the short queue for the cores, with its own two connections
+Run:    gunicorn service:app    sync workers: each handles one request at a time
+Read:   settings, topology, endpoints, errors, then the steps in the endpoints' order
+Words:  waiting   registered, but its code has not been sent back yet
         job       the message that asks the consumer for one mail
+
+Registering publishes the job before COMMIT: no confirm, no commit. A crash between the
+two leaves a mail whose code matches no account, and a caller without an answer, who
+repeats. Activating publishes after COMMIT, because its mail must not announce what may
+still fail. A crash between the two leaves an active account without a confirmation.
 """
 
+import errno
 import hmac
 import ipaddress
 import json
+import math
 import os
-import queue
 import re
 import secrets
 import select
-import threading
 import time
 import unicodedata
-from contextlib import closing, suppress
+from contextlib import suppress
+from pathlib import Path
 
-import argon2
 import psycopg2
 from amqp.exceptions import AMQPError, MessageNacked
-from django.contrib.auth.password_validation import CommonPasswordValidator
 from dotenv import load_dotenv
 from email_validator import validate_email
 from flask import Flask, abort, g, request, send_file
@@ -36,91 +39,96 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError
+from nacl import pwhash
+from nacl._sodium import ffi
+from nacl.exceptions import CryptoError, InvalidkeyError
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-# -- Settings: the environment, else .env ----------------------------------------------
+# -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None):
-    """An environment variable; a whole number if its default is one."""
+def setting(name, default=None, pattern=".+"):
+    """The text of an environment variable. It must match the regular expression."""
     text = os.environ.get(name) or default
-    if text is None or isinstance(default, int) and not str(text).isdecimal():
-        raise SystemExit(f"{name} is missing or malformed; .env.example explains it")
-    return int(text) if isinstance(default, int) else text
+    if text is None or not re.fullmatch(pattern, text):
+        raise SystemExit(f"{name} is missing or malformed; see .env.example")
+    return text
 
+
+WHOLE = "[0-9]{1,9}"            # a whole number
+POSITIVE = "[1-9][0-9]{0,5}"    # one from 1 to 999,999
 
 load_dotenv()
-DATABASE_URL = setting("DATABASE_URL")
-BROKER_URL = setting("BROKER_URL")
-SECRET_KEY = setting("SECRET_KEY")
-CODE_LIFETIME = setting("CODE_LIFETIME", 60)               # seconds
-CODE_ATTEMPTS = setting("CODE_ATTEMPTS", 3)                # wrong ones until it is dead
-EMAIL_LIMIT_HOUR = setting("EMAIL_LIMIT_HOUR", 5)          # registrations per address
-EMAIL_LIMIT_DAY = setting("EMAIL_LIMIT_DAY", 20)
-ACTIVATE_LIMIT_HOUR = setting("ACTIVATE_LIMIT_HOUR", 100)  # NIST SP 800-63B, 5.2.2
-IP_LIMIT = setting("IP_LIMIT", 60)                         # per endpoint and 10 minutes
-TRUSTED_PROXIES = setting("TRUSTED_PROXIES", 0)            # 0 ignores X-Forwarded-For
-WEB_CONCURRENCY = setting("WEB_CONCURRENCY", os.cpu_count())
-if len(SECRET_KEY) < 32:
-    raise SystemExit("SECRET_KEY must have at least 32 characters")
+DATABASE_URL = setting("DATABASE_URL", None, "postgres(ql)?://.+")
+BROKER_URL = setting("BROKER_URL", None, "amqps?://.+")
+SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
+CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", POSITIVE))            # seconds
+CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", POSITIVE))             # wrong codes
+EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", WHOLE))          # per address
+EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", WHOLE))
+ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", WHOLE))  # NIST 800-63B
+IP_LIMIT = int(setting("IP_LIMIT", "60", WHOLE))                         # in 10 minutes
+TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))          # in front
 
 MAX_BODY = 4096           # bytes
-TIMEOUT = 1               # seconds for each answer of PostgreSQL and of RabbitMQ
-NOTICE_LIFETIME = 3600    # seconds in which a notice or a confirmation is worth mailing
-PLACES = max(1, min(10, 90 // WEB_CONCURRENCY))  # per worker; PostgreSQL takes 100
+TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
+NOTICE_LIFETIME = 900     # seconds in which a notice or a confirmation is worth mailing
+# A client that repeats a 503 this many seconds later never exceeds IP_LIMIT.
+RETRY_AFTER = math.ceil(600 / max(1, IP_LIMIT))
 
-# -- Topology: the same lines stand in consumer.py -------------------------------------
+# -- Topology: consumer.py has the same lines ------------------------------------------
 
 DEAD_QUEUE = Queue("mail.dead", queue_arguments={
-    "x-queue-type": "quorum",               # on disk, and on several nodes if there are
+    "x-queue-type": "quorum",               # on disk, replicated in a cluster
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
-    "x-max-length": 10_000})                # then the oldest go
+    "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, and a 503
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
     "x-delivery-limit": 1_000_000,          # a job ends by its deadline instead
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1   # where werkzeug cuts a chunked body
+# Werkzeug cuts a chunked body off at this length, silently: hence one byte more.
+app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
 
 @app.post("/users/register")
 def register():
-    """Register an address, or register it anew, and have a code mailed to it.
+    """Register an address, or register it again, and have a code mailed to it.
 
         {"email": "ann@example.com", "password": "correct horse"}
 
     202  the same for every address; the owner of an active account gets a notice
     400  not JSON      413  over 4 KiB      415  not application/json
     422  a field is missing or not acceptable: see errors
-    429  too often, this address or this client
-    503  cannot be taken now; nothing was kept
+    429  too many requests from this client or for this address
+    503  the database or the broker does not answer; nothing was kept
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
-    if names_address(password, email):
+    if is_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be the address"}])
-    take_place()
+    connect()
+    tidy()
     count_request("register client", client(), IP_LIMIT, 600)
-    count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
-    count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
-    with hashing:
-        password_hash = hasher.hash(password)
+    password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    with g.place.db:   # BEGIN, SQL, publisher confirm, COMMIT; ROLLBACK if one fails
+    with db:   # BEGIN and COMMIT; ROLLBACK after any exception, a 429 included
+        count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
+        count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
         waiting = upsert_waiting(email, password_hash, digest(email, code))
         if waiting:
             publish("code", email, waiting.issued_at, CODE_LIFETIME, code=code)
         else:
             publish("notice", email, time.time(), NOTICE_LIFETIME)
-    return {"message": "A mail is on its way to this address."}, 202
+    return {"message": "A mail is on its way.", "expires_in": CODE_LIFETIME}, 202
 
 
 @app.patch("/users/activate")
@@ -132,37 +140,36 @@ def activate():
     200  the account is active; a confirmation is mailed
     400  not JSON      413  over 4 KiB      415  not application/json
     401  no, malformed or wrong credentials, or no such account
-    409  the credentials are right and the account is active already
+    409  the credentials are right and the account is already active
     422  not four digits: see errors; or the code is wrong, expired, superseded, used up
-    429  too often, this address or this client
-    503  cannot be taken now; nothing was kept
+    429  too many requests from this client or for this address
+    503  the database or the broker does not answer; repeating is safe
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
-    take_place()
+    connect()
+    tidy()
     count_request("activate client", client(), IP_LIMIT, 600)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     account = select_account(email)
     if not password_matches(account, password):
         abort(401, "The address or the password is wrong.")
     if account.activated_at:
-        abort(409, "The account is active already.")
-    with g.place.db:
-        activated = spend_attempt(account, digest(email, code))
-        if activated:
-            publish("confirmation", email, time.time(), NOTICE_LIFETIME)
-    # Outside of the transaction: raising in it would roll back the attempt that was
-    # just counted, and all 10,000 codes could be tried.
-    if not activated:
+        abort(409, "The account is already active.")
+    # Committed before anything is raised: a ROLLBACK would also forget the attempt, and
+    # a caller could try all 10,000 codes.
+    if not spend_attempt(account, digest(email, code)):
         abort(422, "The code is wrong, expired, superseded or used up.")
+    mail_confirmation(email)
     return {"message": "The account is active."}
 
 
 @app.get("/healthz")
 def healthz():
-    """200 when both servers answer, each time within a second; else 503 naming one."""
-    with health_lock, closing(Place()) as place:   # one at a time: it opens connections
-        place.open()
+    """200 when both servers answer within a second, else 503 naming the other."""
+    connect()
+    execute("SELECT 1")
+    MAIL_QUEUE.declare(channel=producer.channel)
     return {"database": "ok", "broker": "ok"}
 
 
@@ -174,89 +181,95 @@ def openapi():
 
 # -- Every error leaves here, as problem details (RFC 9457) ----------------------------
 
-PROBLEMS = {400: "bad-request", 401: "wrong-credentials", 404: "not-found",
-            405: "method-not-allowed", 409: "already-active", 413: "too-large",
-            415: "not-json", 422: "refused-code", 429: "limit-reached",
-            500: "internal-error", 503: "unavailable"}
-OUTAGES = {psycopg2.Error: "database", AMQPError: "broker", MessageNacked: "broker",
-           KombuError: "broker", OSError: "broker", queue.Empty: "machine",
-           argon2.exceptions.Argon2Error: "machine"}   # no memory left for a hash
+BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # sockets raise the last
 
 
 @app.errorhandler(HTTPException)
 def problem(error):
     """The HTTPException as problem+json; a list as description is a 422's errors."""
-    kind, more = PROBLEMS.get(error.code, "other"), {"detail": error.description}
+    if error.code >= 500:
+        disconnect()   # in which state the connections are, nobody knows
+    body = {"title": error.name, "status": error.code, "detail": error.description}
     if isinstance(error.description, list):
-        kind, more = "invalid-fields", {
-            "detail": "Some fields are not acceptable.", "errors": error.description}
+        body["detail"] = "Some fields are not acceptable."
+        body["errors"] = error.description
     response = error.get_response()   # it has Allow and Retry-After
-    response.data = json.dumps({"type": f"urn:problem-type:registration:{kind}",
-                                "title": error.name, "status": error.code} | more)
+    response.data = json.dumps(body)
     response.content_type = "application/problem+json"
     if error.code == 401:
         response.headers["WWW-Authenticate"] = 'Basic realm="users", charset="UTF-8"'
-    g.outcome = kind
     return response
 
 
 def outage(error):
-    """The 503 of what cannot take the request now; one log line says why."""
-    server = next(OUTAGES[kind] for kind in OUTAGES if isinstance(error, kind))
-    cause = error.__context__ or error   # a ROLLBACK that fails in turn would hide it
-    reason = json.dumps(str(cause).partition("\n")[0])   # further lines may quote rows
-    app.logger.warning("event=outage server=%s error=%s reason=%s", server,
-                       type(cause).__name__, reason)
-    if "place" in g:
-        g.place.close()
-    return problem(
-        ServiceUnavailable(f"The {server} cannot take it now.", retry_after=2))
+    """Log which server failed and why, and return the 503 that tells the caller.
+
+    Nothing is retried: a statement without an answer may have taken effect.
+    """
+    global stalled, stalled_until
+    if isinstance(error, psycopg2.InterfaceError):
+        error = error.__context__ or error   # ROLLBACK failed, too: log what came first
+    server = ("database" if isinstance(error, psycopg2.Error) else
+              "broker" if isinstance(error, BROKER_ERRORS) else "service")
+    if time.monotonic() - g.began >= TIMEOUT:
+        stalled, stalled_until = server, time.monotonic() + TIMEOUT   # see connect()
+    reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
+    app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
+                       type(error).__name__, reason, g.get("job", "-"))
+    return unavailable(server)
 
 
-for kind in OUTAGES:
-    app.register_error_handler(kind, outage)
+for kind in psycopg2.Error, *BROKER_ERRORS, CryptoError:   # the last: no memory to hash
+    app.register_error_handler(kind, lambda error: problem(outage(error)))
+
+
+def unavailable(server):
+    """The 503 of a server that fails."""
+    return ServiceUnavailable(f"The {server} is temporarily unavailable.",
+                              retry_after=RETRY_AFTER)
 
 
 @app.before_request
 def begin():
-    """What finish() will log."""
-    g.began, g.outcome = time.monotonic(), "ok"
+    """Take the time for the log."""
+    g.began = time.monotonic()
 
 
 @app.after_request
 def finish(response):
-    """Keep the endpoints' answers out of caches; log no path, query or header."""
+    """Keep answers out of caches. Log the request without path, query and headers."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
     app.logger.info(
-        "event=request client=%s method=%s route=%s status=%s outcome=%s ms=%.0f",
+        "event=request client=%s method=%s route=%s status=%s job=%s ms=%.0f",
         request.remote_addr, request.method, request.url_rule or "-",
-        response.status_code, g.outcome, 1000 * (time.monotonic() - g.began))
+        response.status_code, g.get("job", "-"), 1000 * (time.monotonic() - g.began))
     return response
 
 
 # -- Reading the request ---------------------------------------------------------------
 
-COMMON_PASSWORDS = CommonPasswordValidator().passwords   # 8,000 of 8 characters or more
+# Django's list, as `make common-passwords` writes it; LICENSE has its licence.
+COMMON_PASSWORDS = frozenset(
+    Path(__file__).with_name("common-passwords.txt").read_text().splitlines())
 
 
 def read_fields(**checks):
     """The named text fields of the JSON body in that order, or 415, 413, 400 or 422.
 
-    A check returns a text's canonical form or raises ValueError, as each does for "",
-    which stands for what is missing or no string. Other fields are ignored.
+    A check returns a text's canonical form or raises ValueError. What is missing or not
+    a string is checked as "". Other fields are ignored.
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        body = request.get_data()
-        if len(body) > MAX_BODY:
+        content = request.get_data()
+        if len(content) > MAX_BODY:
             abort(413)
-        # int() refuses NaN and Infinity: json takes them, though they are not JSON.
-        body = json.loads(body.decode(), parse_constant=int,
-                          object_pairs_hook=unique_keys)
+        body = json.loads(content.decode(), object_pairs_hook=unique_keys,
+                          parse_constant=no_constant)
     except (ValueError, RecursionError, ParseException) as error:   # the last: chunks
-        abort(400, f"The body is not JSON: {error}")
+        abort(400, f"The body cannot be read as JSON: {error}")
     values, errors = [], []
     for field, check in checks.items():
         text = body.get(field) if isinstance(body, dict) else None
@@ -270,10 +283,15 @@ def read_fields(**checks):
 
 
 def unique_keys(pairs):
-    """A JSON object; which of two equal keys counts is open in RFC 8259: neither."""
+    """A JSON object. RFC 8259 leaves duplicate keys undefined, so they are refused."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return dict(pairs)
+
+
+def no_constant(name):
+    """Refuse NaN and Infinity, which JSON does not have but Python's json reads."""
+    raise ValueError(name)
 
 
 def canonical_email(text):
@@ -300,22 +318,22 @@ def canonical_password(text):
     return text
 
 
-def names_address(password, email):
-    """Whether it is the address, however typed, or its local part."""
+def is_address(password, email):
+    """Whether the password is the address, however typed, or its local part."""
     with suppress(ValueError):
         password = canonical_email(password)
     return password.lower() in (email, email.partition("@")[0])
 
 
 def four_digits(text):
-    """A code; isdigit() would take the digits of every script."""
+    """A code. isdigit() would also take the digits of every other script."""
     if not re.fullmatch("[0-9]{4}", text):
         raise ValueError("must be a string of four digits")
     return text
 
 
 def read_credentials():
-    """Address and password from HTTP Basic (RFC 7617), or the 401 of wrong ones."""
+    """Address and password from HTTP Basic (RFC 7617), or 401."""
     with suppress(ValueError):
         basic = request.authorization
         if basic and basic.type == "basic":
@@ -330,83 +348,60 @@ def client():
         address = getattr(address, "ipv4_mapped", None) or address
         prefix = 64 if address.version == 6 else 32
         return str(ipaddress.ip_network((address.packed, prefix), strict=False))
-    return "unknown"   # a proxy that does not tell: its clients count as one
+    return "unknown"   # the proxy sent no address: such clients share one limit
 
 
-# -- Places: the short queue, and the connections to both servers ----------------------
+# -- The worker's two connections ------------------------------------------------------
+
+db = producer = None             # connect() opens both, disconnect() drops both
+stalled, stalled_until = "", 0   # the server that did not answer in time; monotonic()
+broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
+    "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
 
 
-class Place:
-    """A connection to each server, for one request at a time.
+def connect():
+    """Open both connections, unless they are open and healthy.
 
-    After an error nothing is tried again: what got no answer may have happened.
+    A request that has waited a second in vain makes its worker refuse the next ones for
+    a second. Otherwise, each of the queued requests would wait its second, too.
     """
-
-    def __init__(self):
-        self.db = None
-        self.broker = Connection(
-            BROKER_URL, connect_timeout=TIMEOUT, transport_options={
-                "confirm_publish": True, "read_timeout": TIMEOUT,
-                "write_timeout": TIMEOUT})
-
-    def open(self):
-        """Open both: after gunicorn's fork, and anew where one died while idle.
-
-        What can be read while idle is the end, or an alarm of the broker.
-        """
-        if self.db and not ready(self.db) and not ready(self.broker.connection.sock):
+    global db, producer
+    if time.monotonic() < stalled_until:
+        raise unavailable(stalled)
+    if db:
+        # Data on an idle connection means that the server has closed it or that
+        # RabbitMQ has raised an alarm.
+        unusable, _, _ = select.select([db, broker.connection.sock], [], [], 0)
+        if not unusable:
             return
-        self.close()
-        self.broker.ensure_connection(   # each of its hosts once
-            max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
-        channel = self.broker.default_channel
-        DEAD_QUEUE.declare(channel=channel)
-        MAIL_QUEUE.declare(channel=channel)
-        self.producer = Producer(channel)
-        self.db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
-        self.db.autocommit = True   # a lone statement is one round trip
-        # Otherwise a statement given up here would run on there, with its locks.
-        self.db.cursor().execute(
-            "SET statement_timeout = %s; SET idle_in_transaction_session_timeout = %s",
-            [f"{TIMEOUT}s", f"{3 * TIMEOUT}s"])
-
-    def close(self):
-        """Forget both connections; kombu's close() would wait for the broker."""
-        self.db = None
-        self.broker.collect()
+    disconnect()
+    broker.ensure_connection(   # tries each host once
+        max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
+    channel = broker.default_channel
+    DEAD_QUEUE.declare(channel=channel)
+    MAIL_QUEUE.declare(channel=channel)
+    producer = Producer(channel)
+    session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
+    session.autocommit = True   # outside `with db:`, each statement commits by itself
+    # Or a statement that this worker has given up would go on, and keep its locks.
+    session.cursor().execute(
+        "SET statement_timeout = %s; SET idle_in_transaction_session_timeout = %s",
+        [f"{TIMEOUT}s", f"{3 * TIMEOUT}s"])
+    db = session
 
 
-health_lock = threading.Lock()
-places = queue.LifoQueue()
-for _ in range(PLACES):
-    places.put(Place())
-
-
-def take_place():
-    """A place for the rest of this request; if none is free, the 503 of queue.Empty."""
-    g.place = places.get_nowait()
-    g.place.open()
-
-
-@app.teardown_request
-def leave_place(error):
-    """Give it back, however the request ended."""
-    if "place" in g:
-        places.put(g.place)
-
-
-def ready(file, events=select.POLLIN, seconds=0):
-    """Whether a socket is ready in time; select() takes none above 1,023."""
-    poll = select.poll()
-    poll.register(file, events)
-    return poll.poll(1000 * seconds)
+def disconnect():
+    """Drop both connections. A proper close() would wait for a server that stalls."""
+    global db, producer
+    db = producer = None
+    broker.collect()
 
 
 def wait_for_database(session):
-    """psycopg2's wait callback: libpq itself waits for a stalled server forever."""
+    """psycopg2's wait callback, with a timeout, because libpq has none for reading."""
     while (state := session.poll()) != POLL_OK:
-        events = select.POLLIN if state == POLL_READ else select.POLLOUT
-        if not ready(session, events, TIMEOUT):
+        reading, writing = ([session], []) if state == POLL_READ else ([], [session])
+        if not any(select.select(reading, writing, [], TIMEOUT)):
             raise psycopg2.OperationalError("no answer in time")
 
 
@@ -414,20 +409,25 @@ set_wait_callback(wait_for_database)
 
 # -- Passwords and codes ---------------------------------------------------------------
 
-# Argon2id, 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0. A stored hash
-# names its own parameters, so that it verifies after these were changed.
-hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
-NOBODYS_HASH = hasher.hash(secrets.token_urlsafe())
-# Two at once in each worker, and by default a worker a core: no core is idle while the
-# other worker has hashes waiting. Measured as fast as one lock a core over all workers.
-hashing = threading.BoundedSemaphore(2)
+
+def hash_password(password):
+    """Argon2id at 12 MiB, 3 passes, 1 lane: OWASP Password Storage, ASVS 5.0."""
+    return pwhash.argon2id.str(password.encode(), 3, 12 << 20).decode()
+
+
+NOBODYS_HASH = hash_password(secrets.token_urlsafe())
 
 
 def password_matches(account, password):
-    """Verify it; without an account against nobody's hash, which takes as long."""
+    """Verify it. Without an account, verify nobody's hash, which takes as long."""
     password_hash = account.password_hash if account else NOBODYS_HASH
-    with hashing, suppress(argon2.exceptions.VerifyMismatchError):
-        return hasher.verify(password_hash, password)
+    try:
+        return pwhash.verify(password_hash.encode(), password.encode())
+    except InvalidkeyError:
+        # PyNaCl raises it for lack of memory, too. libsodium sets EINVAL on a mismatch.
+        if ffi.errno != errno.EINVAL:
+            raise
+        return False
 
 
 def digest(email, code):
@@ -435,21 +435,60 @@ def digest(email, code):
     return hmac.digest(SECRET_KEY.encode(), f"{email} {code}".encode(), "sha256")
 
 
-# -- SQL, one function a statement, and the publish ------------------------------------
+# -- SQL, one function per statement ---------------------------------------------------
 
 
 def execute(statement, **values):
     """The first row that a statement returns, or None."""
-    cursor = g.place.db.cursor()
+    cursor = db.cursor()
     cursor.execute(statement, values)
     return cursor.fetchone()
 
 
-def count_request(name, subject, allowed, seconds):
-    """Count a request of a subject in a window of so many seconds, or 429.
+# How far this worker has deleted. While a backup holds an old snapshot, deleted rows
+# stay in the indexes: starting at their beginning would take longer each time.
+deleted_to = {"limits": "epoch", "users": "epoch"}
 
-    Committed at once, so it counts whatever becomes of the request.
+
+def tidy():
+    """Once in 30 requests, delete up to 300 expired limits, and up to 300 users who did
+    not activate within a day. 30 requests add fewer, so no cron job is needed.
+
+    Rows in use are skipped, so it never waits.
     """
+    if secrets.randbelow(30):
+        return
+    last = execute("""
+        WITH old_limits AS (
+             DELETE FROM limits
+              WHERE (name, subject) IN (
+                    SELECT name, subject
+                      FROM limits
+                     WHERE expires_at BETWEEN %(limits)s AND now()
+                     ORDER BY expires_at
+                     LIMIT 300
+                       FOR UPDATE SKIP LOCKED)
+             RETURNING expires_at),
+             old_users AS (
+             DELETE FROM users
+              WHERE email IN (
+                    SELECT email
+                      FROM users
+                     WHERE activated_at IS NULL
+                       AND registered_at BETWEEN %(users)s AND now() - interval '1 day'
+                     ORDER BY registered_at
+                     LIMIT 300
+                       FOR UPDATE SKIP LOCKED)
+             RETURNING registered_at)
+        SELECT (SELECT max(expires_at) FROM old_limits) AS limits,
+               (SELECT max(registered_at) FROM old_users) AS users
+        """, **deleted_to)
+    for table, instant in last._asdict().items():
+        deleted_to[table] = instant or deleted_to[table]
+
+
+def count_request(name, subject, allowed, seconds):
+    """Count a request of a subject in a window of so many seconds, or 429."""
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
         VALUES (%(name)s, %(subject)s, 1, now() + %(seconds)s * interval '1 second')
@@ -465,7 +504,7 @@ def count_request(name, subject, allowed, seconds):
 
 
 def upsert_waiting(email, password_hash, code_digest):
-    """Write a pair, or replace the waiting one; None where the account is active."""
+    """Write password and code together, or None where the account is active."""
     return execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
@@ -492,10 +531,10 @@ def select_account(email):
 
 
 def spend_attempt(account, code_digest):
-    """Check a code and count the attempt in one atomic step; whether it activated.
+    """Count an attempt and compare its code in one atomic step: True if it activated.
 
-    The condition names the hash that was verified: once the address is registered anew,
-    this pair is dead and the attempt touches nothing.
+    The condition names the hash that was verified. If the address has been registered
+    again since, this password and its code are dead, and no row is touched.
     """
     row = execute("""
         UPDATE users
@@ -509,18 +548,31 @@ def spend_attempt(account, code_digest):
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
         code_digest=code_digest, allowed=CODE_ATTEMPTS)
-    return row and row.activated_at
+    return bool(row and row.activated_at)
+
+
+# -- Publishing ------------------------------------------------------------------------
 
 
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    issued_at is in seconds since 1970; a lifetime in seconds later the mail is useless.
-    If COMMIT fails after it, no harm is done: its code matches no row. Mandatory: if
-    the queue is gone, that is an error and not a mail silently lost.
+    issued_at is in seconds since 1970. After a lifetime in seconds the mail is useless:
+    the consumer does not send it, and the broker does not keep it in the queue.
+    Mandatory: without its queue, a job is an error and not silently lost.
     """
-    g.place.producer.publish(
+    g.job = secrets.token_hex(16)
+    producer.publish(
         {"template": template, "email": email, "issued_at": issued_at,
          "expires_at": issued_at + lifetime, **fields},
-        routing_key=MAIL_QUEUE.name, mandatory=True, message_id=secrets.token_hex(16),
-        timeout=TIMEOUT, confirm_timeout=TIMEOUT)
+        routing_key=MAIL_QUEUE.name, message_id=g.job, expiration=lifetime,
+        mandatory=True, timeout=TIMEOUT, confirm_timeout=TIMEOUT)
+
+
+def mail_confirmation(email):
+    """Publish the confirmation, or log that it is missing: the account is active."""
+    try:
+        publish("confirmation", email, time.time(), NOTICE_LIFETIME)
+    except BROKER_ERRORS as error:
+        outage(error)
+        disconnect()

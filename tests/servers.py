@@ -265,6 +265,7 @@ class Program(Server):
     """A process of the program, with exactly the given settings: no .env is read."""
 
     cwd = TOP
+    python = sys.executable
 
     def __init__(self, folder, env):
         super().__init__(folder)
@@ -278,14 +279,15 @@ class Gunicorn(Program):
     name = "gunicorn"
     patience = 30
 
-    def __init__(self, folder, env, port=None):
+    def __init__(self, folder, env, port=None, options=()):
         super().__init__(folder, env)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.options = options
 
     def command(self):
-        return [sys.executable, "-m", "gunicorn", "service:app",
-                "--bind", f"127.0.0.1:{self.port}"]
+        return [self.python, "-m", "gunicorn", "service:app",
+                "--bind", f"127.0.0.1:{self.port}", *self.options]
 
     def answers(self):
         return self.alive() and responds(self.port, "/healthz")
@@ -295,7 +297,7 @@ class Consumer(Program):
     name = "consumer"
 
     def command(self):
-        return [sys.executable, "consumer.py"]
+        return [self.python, "consumer.py"]
 
     def answers(self):
         return self.alive()

@@ -1,0 +1,48 @@
+"""The nginx of docker-compose.yml, as it is configured there, in front of local APIs."""
+
+import os
+from pathlib import Path
+
+import servers as start
+import yaml
+
+TOP = Path(__file__).parent.parent
+EDGE = yaml.safe_load((TOP / "docker-compose.yml").read_text())["services"]["edge"]
+
+
+class Edge(start.Server):
+    """nginx. The first API gets every request; the others get what it does not take."""
+
+    name = "the edge"
+
+    def __init__(self, folder, *apis):
+        super().__init__(folder)
+        self.port = start.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.management = start.free_port()
+        self.log = self.folder / "edge.log"
+        first, *others = [f"server 127.0.0.1:{api.port} max_fails=0" for api in apis]
+        self.apis = "; ".join([first, *(f"{other} backup" for other in others)])
+        self.env = {"PATH": f"{os.environ['PATH']}:/usr/sbin",
+                    "NGINX_CONF": self.moved(EDGE["environment"]["NGINX_CONF"])}
+
+    def moved(self, text):
+        """What Compose makes of a text, but with this folder, these ports and APIs."""
+        for there, here in [
+                ("$$", "$"), ("/tmp/", f"{self.folder}/"),
+                ("listen 8080 ", f"listen 127.0.0.1:{self.port} "),
+                ("listen 15672;", f"listen 127.0.0.1:{self.management};"),
+                ("http://api:8000;", "http://apis;"),
+                ("http://rabbitmq:15672;", "http://apis;"),
+                ("http {", f"http {{\n  upstream apis {{ {self.apis}; }}")]:
+            text = text.replace(there, here)
+        return text
+
+    def command(self):
+        return [self.moved(word) for word in EDGE["command"]]
+
+    def answers(self):
+        return start.responds(self.port, "/edge")
+
+
+start.PACKAGES[Edge] = {"nginx": "nginx"}

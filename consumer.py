@@ -5,17 +5,20 @@
 
 Run:    python consumer.py          as many as you like: they share the queue
 
-What becomes of a job. The first match wins; the last column says how it is settled.
+What becomes of a job. The first match wins; the last column says how it is settled:
+ack deletes it from the queue, reject moves it to mail.dead.
 
-    unreadable    it cannot be turned into a mail                  reject: mail.dead
+    unreadable    it cannot be turned into a mail                  reject
     sent-before   this process has sent it, but the connection
                   broke before the broker had the ack              ack
     expired       its deadline has passed: nothing is sent         ack
     sent          the mail server has accepted the mail            ack
-    refused       the mail server refuses it for good: 5xx for     reject: mail.dead
-                  the recipient or the content
-    retry         any other trouble: connection, login, 4xx, or    not yet: tried again
-                  5xx for the sender                               in a few seconds
+    refused       the mail server refuses it for good: 5xx for
+                  the recipient or the content                     reject
+    retry         any other trouble: connection, login, 4xx, or
+                  5xx for the sender: tried again in seconds       not yet
+
+A job whose deadline passes in the queue is moved to mail.dead by the broker itself.
 """
 
 import html
@@ -57,15 +60,16 @@ SMTP_PORT = int(setting("SMTP_PORT", "1025", "[1-9][0-9]{0,4}"))
 SMTP_USERNAME = setting("SMTP_USERNAME", "", ".*")
 SMTP_PASSWORD = setting("SMTP_PASSWORD", "", ".*")
 SMTP_TLS = setting("SMTP_TLS", "none", "none|starttls|tls")
-MAIL_FROM = setting("MAIL_FROM", None, f"{ADDRESS}|.* <{ADDRESS}>")
+MAIL_FROM = setting("MAIL_FROM", None,   # Ann <ann@example.com>, or without the name
+                    f'{ADDRESS}|("[^"]*"|[^",;:<>@]*) <{ADDRESS}>')
 LOG_LEVEL = setting(
     "LOG_LEVEL", "INFO", "(?i)debug|info|warning|error|critical").upper()
 
 NAME, SENDER = parseaddr(MAIL_FROM)
-SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute over its 250
-HEARTBEAT = 60        # seconds; after two of them in silence, RabbitMQ gives us up
-RETRY_AFTER = 3       # seconds until a job is tried again
-PREFETCH = 1000       # jobs that may wait for a retry before no new ones come
+SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute to reply 250
+HEARTBEAT = 60        # seconds; RabbitMQ closes a connection that is silent for two
+RETRY_DELAY = 3       # seconds until a job is tried again
+PREFETCH = 1000       # unsettled jobs, including those that wait for a retry
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -94,7 +98,8 @@ This is the code for your new account:
 It was issued at {issued} and works for {lifetime:.0f} seconds.
 If you asked more than once, only the newest code works.
 
-You did not ask for it? Then somebody mistyped an address: please ignore this mail."""),
+You did not ask for it? Somebody probably mistyped an address. Please ignore this mail.\
+"""),
     "notice": ("You already have an account", """\
 Somebody, probably you, has just tried to register this address.
 It already has an active account, and nothing about that account has changed."""),
@@ -104,7 +109,7 @@ Welcome! This address is confirmed, and your account is active."""),
 
 
 def build(job, message_id):
-    """The mail of a job, as text and HTML; raises whatever is wrong with the job.
+    """The mail of a job, as text and HTML, or any exception if the job is malformed.
 
     The Message-ID is the job's, so that a mailbox can recognise a second copy.
     """
@@ -129,13 +134,15 @@ def build(job, message_id):
 # -- One job ---------------------------------------------------------------------------
 
 retries = deque()               # (when, message), not settled yet
-sent = deque(maxlen=PREFETCH)   # ids; no more acks than that can be lost at once
+sent = deque(maxlen=PREFETCH)   # ids of the last mails: so many acks can get lost
+stopping = False                # set by a signal
 
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # else the broker delivers it to another consumer
-        settle(message, *process(message))
+    if not stopping:   # otherwise, the broker delivers it to another consumer
+        outcome, error = process(message)
+        settle(message, outcome, error)
 
 
 def process(message):
@@ -154,7 +161,7 @@ def process(message):
         send(job["email"], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         return ("refused" if reply_code(error) >= 500 else "retry"), error
-    except OSError as error:   # as all other exceptions of smtplib are
+    except OSError as error:   # every exception of smtplib is one
         return "retry", error
     sent.append(message_id)
     return "sent", None
@@ -166,7 +173,7 @@ LEVELS = {"unreadable": logging.ERROR, "refused": logging.ERROR,
 
 
 def settle(message, outcome, error=None):
-    """Log the outcome, and tell the broker.
+    """Log the outcome; then ack or reject the job, or keep it for a retry.
 
     Of an error, only class and code are logged: mail servers' replies quote addresses.
     """
@@ -176,7 +183,7 @@ def settle(message, outcome, error=None):
     if outcome in ("unreadable", "refused"):
         message.reject()
     elif outcome == "retry":
-        retries.append((time.monotonic() + RETRY_AFTER, message))
+        retries.append((time.monotonic() + RETRY_DELAY, message))
     else:
         message.ack()
 
@@ -187,20 +194,25 @@ smtp = None   # the open session: opening one takes longer than sending a mail
 
 
 def send(email, mail):
-    """Send a mail over the open session or a new one. A refusal does not end it."""
+    """Send a mail over the open session or a new one. A refusal leaves it open."""
     global smtp
-    smtp = smtp or connect()
+    smtp = smtp or open_session()
     try:
         smtp.sendmail(SENDER, [email], mail)
-    except OSError as error:
-        if reply_code(error) in (None, 421):   # 421: the server ends the session
-            disconnect()
-        else:
-            smtp.rset()   # smtplib does not, where DATA itself is refused
+    except OSError:
+        reset_session()
         raise
 
 
-def connect():
+def reset_session():
+    """After an error, keep the session if the server still answers, else close it."""
+    try:
+        smtp.rset()
+    except OSError:
+        close_session()
+
+
+def open_session():
     """A session, encrypted and logged in as the settings say."""
     tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_TIMEOUT}
@@ -213,12 +225,12 @@ def connect():
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
         return session
     except OSError:
-        time.sleep(1)   # so that it is tried once a second, and not once per job
+        time.sleep(1)   # however many jobs wait, at most one try a second
         raise
 
 
-def disconnect():
-    """End the session; without QUIT, which would wait for a server that hangs."""
+def close_session():
+    """Close the session without QUIT, which would wait for a server that hangs."""
     global smtp
     if smtp:
         smtp.close()
@@ -228,17 +240,16 @@ def disconnect():
 def reply_code(error):
     """The reply code that an exception of smtplib carries, or None."""
     if isinstance(error, smtplib.SMTPRecipientsRefused):
-        return max(code for code, _ in error.recipients.values())   # we name only one
+        [(code, _)] = error.recipients.values()   # each mail has one recipient
+        return code
     return getattr(error, "smtp_code", None)
 
 
 # -- The loop --------------------------------------------------------------------------
 
-stopping = False
-
 
 def stop(number, frame):
-    """SIGTERM or Ctrl-C: finish the mail under way, then end."""
+    """SIGTERM or Ctrl-C: finish the mail in progress, then end."""
     global stopping
     stopping = True
 
@@ -246,7 +257,7 @@ def stop(number, frame):
 def consume(connection):
     """Take jobs until a signal comes or the connection breaks.
 
-    A plain loop: kombu's ConsumerMixin does not end while the broker is down, and
+    Not with kombu's ConsumerMixin: it does not end while the broker is down, and it
     sends one more mail after SIGTERM.
     """
     channel = connection.default_channel
@@ -254,7 +265,7 @@ def consume(connection):
     retries.clear()   # the broker delivers them again
     consumer = Consumer(
         channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
-        # By default, kombu acks what it cannot decode, and it would be lost.
+        # For what kombu cannot decode. It would raise, and the job would come back.
         on_decode_error=lambda message, error: settle(message, "unreadable", error),
         prefetch_count=PREFETCH)
     consumer.consume()
@@ -265,20 +276,21 @@ def consume(connection):
 
 
 def wait(connection):
-    """Try the first job again if it is due, and take what the broker sends."""
-    due = bool(retries) and retries[0][0] <= time.monotonic()
-    if due:
+    """Retry the first job if it is due. Then wait up to a second for the broker."""
+    seconds = 1
+    if retries and retries[0][0] <= time.monotonic():
         on_message(retries.popleft()[1])
+        seconds = 0   # the next one may be due, too
     try:
-        connection.drain_events(timeout=0 if due else 1)   # calls on_message
+        connection.drain_events(timeout=seconds)   # calls on_message for a new job
     except TimeoutError:
-        if not due:
-            disconnect()   # while idle, so that no session grows stale
+        if seconds:
+            close_session()   # idle: it would grow stale
     connection.heartbeat_check()
 
 
 def main():
-    """Consume until a signal comes, over as many connections as it takes."""
+    """Consume until a signal comes. Reconnect whenever the connection breaks."""
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     while not stopping:
@@ -286,8 +298,9 @@ def main():
             BROKER_URL, heartbeat=HEARTBEAT, connect_timeout=2,
             transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
-            connection.ensure_connection(   # tries each host once
-                max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
+            other_hosts = BROKER_URL.count(";")
+            connection.ensure_connection(
+                max_retries=other_hosts, interval_start=0, interval_step=0)
             consume(connection)
         except (AMQPError, KombuError, OSError) as error:
             log.warning("event=outage server=broker error=%s", type(error).__name__)

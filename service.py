@@ -6,14 +6,17 @@
                                             +-------> RabbitMQ --> consumer.py --> mail
 
 Run:    gunicorn service:app    sync workers: each handles one request at a time
-Read:   settings, topology, endpoints, errors, then the steps in the endpoints' order
+Read:   settings, topology, endpoints, errors, then the steps of the endpoints
 Words:  waiting   registered, but its code has not been sent back yet
-        job       the message that asks the consumer for one mail
+        job       the message that asks the consumer to send one mail
+        confirm   RabbitMQ's answer to a publish: it has the job on disk
 
-Registering publishes the job before COMMIT: no confirm, no commit. A crash between the
-two leaves a mail whose code matches no account, and a caller without an answer, who
-repeats. Activating publishes after COMMIT, because its mail must not announce what may
-still fail. A crash between the two leaves an active account without a confirmation.
+Registering publishes the code before COMMIT: without the confirm, nothing is committed.
+If COMMIT then fails, or the worker dies before it, a mail with a useless code goes out,
+and the caller, who got no 202, tries again.
+
+Activating publishes after COMMIT, because the mail must be true. If the broker fails or
+the worker dies in between, the account is active, and its owner gets no confirmation.
 """
 
 import errno
@@ -42,6 +45,7 @@ from kombu.exceptions import KombuError
 from nacl import pwhash
 from nacl._sodium import ffi
 from nacl.exceptions import CryptoError, InvalidkeyError
+from psycopg2.errors import QueryCanceled
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
@@ -58,26 +62,27 @@ def setting(name, default=None, pattern=".+"):
     return text
 
 
-WHOLE = "[0-9]{1,9}"            # a whole number
-POSITIVE = "[1-9][0-9]{0,5}"    # one from 1 to 999,999
-
+NUMBER = "[0-9]{1,9}"
 load_dotenv()
 DATABASE_URL = setting("DATABASE_URL", None, "postgres(ql)?://.+")
 BROKER_URL = setting("BROKER_URL", None, "amqps?://.+")
 SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
-CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", POSITIVE))            # seconds
-CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", POSITIVE))             # wrong codes
-EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", WHOLE))          # per address
-EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", WHOLE))
-ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", WHOLE))  # NIST 800-63B
-IP_LIMIT = int(setting("IP_LIMIT", "60", WHOLE))                         # in 10 minutes
-TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))          # in front
+CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))   # seconds
+CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))
+# Requests per address, and per client and endpoint. NIST SP 800-63B allows 100 wrong
+# passwords.
+EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", NUMBER))
+EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", NUMBER))
+ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", NUMBER))
+IP_LIMIT = int(setting("IP_LIMIT", "60", NUMBER))
+TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))   # in front of gunicorn
 
 MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
 NOTICE_LIFETIME = 900     # seconds in which a notice or a confirmation is worth mailing
-# A client that repeats a 503 this many seconds later never exceeds IP_LIMIT.
-RETRY_AFTER = math.ceil(600 / max(1, IP_LIMIT))
+IP_WINDOW = 600           # seconds
+# Seconds. A client that repeats a 503 no sooner does not reach IP_LIMIT by repeating.
+RETRY_AFTER = math.ceil(IP_WINDOW / max(1, IP_LIMIT))
 
 # -- Topology: consumer.py has the same lines ------------------------------------------
 
@@ -88,13 +93,14 @@ DEAD_QUEUE = Queue("mail.dead", queue_arguments={
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
-    "x-delivery-limit": 1_000_000,          # a job ends by its deadline instead
+    "x-delivery-limit": 1_000_000,          # not 20: what ends a job is its deadline
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
-# Werkzeug cuts a chunked body off at this length, silently: hence one byte more.
+# Werkzeug truncates a chunked body to this length. With one byte more than we take,
+# read_fields() sees that it was too long.
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
@@ -106,21 +112,23 @@ def register():
 
         {"email": "ann@example.com", "password": "correct horse"}
 
-    202  the same for every address; the owner of an active account gets a notice
+    202  the same for every address; the owner of an active account is sent a notice
     400  not JSON      413  over 4 KiB      415  not application/json
     422  a field is missing or not acceptable: see errors
     429  too many requests from this client or for this address
-    503  the database or the broker does not answer; nothing was kept
+    503  the database or the broker is unavailable: try again
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if is_address(password, email):
-        abort(422, [{"field": "password", "detail": "must not be the address"}])
+        abort(422, [{"field": "password", "detail": "must not be your address"}])
     connect()
     tidy()
-    count_request("register client", client(), IP_LIMIT, 600)
+    count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    with db:   # BEGIN and COMMIT; ROLLBACK after any exception, a 429 included
+    # psycopg2 sends BEGIN here, also in autocommit mode, and COMMIT at the end. After an
+    # exception it sends ROLLBACK.
+    with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
         waiting = upsert_waiting(email, password_hash, digest(email, code))
@@ -143,21 +151,21 @@ def activate():
     409  the credentials are right and the account is already active
     422  not four digits: see errors; or the code is wrong, expired, superseded, used up
     429  too many requests from this client or for this address
-    503  the database or the broker does not answer; repeating is safe
+    503  the database or the broker is unavailable: try again
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
     connect()
     tidy()
-    count_request("activate client", client(), IP_LIMIT, 600)
+    count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     account = select_account(email)
     if not password_matches(account, password):
         abort(401, "The address or the password is wrong.")
     if account.activated_at:
         abort(409, "The account is already active.")
-    # Committed before anything is raised: a ROLLBACK would also forget the attempt, and
-    # a caller could try all 10,000 codes.
+    # Not in `with db:`, so the attempt is committed before abort() raises. A ROLLBACK
+    # would forget it, and a caller could try all 10,000 codes.
     if not spend_attempt(account, digest(email, code)):
         abort(422, "The code is wrong, expired, superseded or used up.")
     mail_confirmation(email)
@@ -166,10 +174,10 @@ def activate():
 
 @app.get("/healthz")
 def healthz():
-    """200 when both servers answer within a second, else 503 naming the other."""
+    """200 if both servers answer, else 503 naming the one that does not."""
     connect()
     execute("SELECT 1")
-    MAIL_QUEUE.declare(channel=producer.channel)
+    MAIL_QUEUE.declare(channel=producer.channel)   # a round trip to the broker
     return {"database": "ok", "broker": "ok"}
 
 
@@ -181,19 +189,17 @@ def openapi():
 
 # -- Every error leaves here, as problem details (RFC 9457) ----------------------------
 
-BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # sockets raise the last
-
 
 @app.errorhandler(HTTPException)
 def problem(error):
-    """The HTTPException as problem+json; a list as description is a 422's errors."""
+    """The HTTPException as problem+json. If its description is a list, it is errors."""
     if error.code >= 500:
-        disconnect()   # in which state the connections are, nobody knows
+        disconnect()   # their state is unknown, so the next request opens new ones
     body = {"title": error.name, "status": error.code, "detail": error.description}
     if isinstance(error.description, list):
         body["detail"] = "Some fields are not acceptable."
         body["errors"] = error.description
-    response = error.get_response()   # it has Allow and Retry-After
+    response = error.get_response()   # it carries Allow and Retry-After
     response.data = json.dumps(body)
     response.content_type = "application/problem+json"
     if error.code == 401:
@@ -201,37 +207,9 @@ def problem(error):
     return response
 
 
-def outage(error):
-    """Log which server failed and why, and return the 503 that tells the caller.
-
-    Nothing is retried: a statement without an answer may have taken effect.
-    """
-    global stalled, stalled_until
-    if isinstance(error, psycopg2.InterfaceError):
-        error = error.__context__ or error   # ROLLBACK failed, too: log what came first
-    server = ("database" if isinstance(error, psycopg2.Error) else
-              "broker" if isinstance(error, BROKER_ERRORS) else "service")
-    if time.monotonic() - g.began >= TIMEOUT:
-        stalled, stalled_until = server, time.monotonic() + TIMEOUT   # see connect()
-    reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
-    app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
-                       type(error).__name__, reason, g.get("job", "-"))
-    return unavailable(server)
-
-
-for kind in psycopg2.Error, *BROKER_ERRORS, CryptoError:   # the last: no memory to hash
-    app.register_error_handler(kind, lambda error: problem(outage(error)))
-
-
-def unavailable(server):
-    """The 503 of a server that fails."""
-    return ServiceUnavailable(f"The {server} is temporarily unavailable.",
-                              retry_after=RETRY_AFTER)
-
-
 @app.before_request
 def begin():
-    """Take the time for the log."""
+    """Record the start time, for the log and for outage()."""
     g.began = time.monotonic()
 
 
@@ -268,7 +246,7 @@ def read_fields(**checks):
             abort(413)
         body = json.loads(content.decode(), object_pairs_hook=unique_keys,
                           parse_constant=no_constant)
-    except (ValueError, RecursionError, ParseException) as error:   # the last: chunks
+    except (ValueError, RecursionError, ParseException) as error:   # gunicorn's: chunks
         abort(400, f"The body cannot be read as JSON: {error}")
     values, errors = [], []
     for field, check in checks.items():
@@ -342,7 +320,7 @@ def read_credentials():
 
 
 def client():
-    """Whom IP_LIMIT counts: an IPv4 address, or the /64 that one IPv6 client has."""
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 address."""
     with suppress(ValueError):
         address = ipaddress.ip_address(request.remote_addr)
         address = getattr(address, "ipv4_mapped", None) or address
@@ -354,40 +332,38 @@ def client():
 # -- The worker's two connections ------------------------------------------------------
 
 db = producer = None             # connect() opens both, disconnect() drops both
-stalled, stalled_until = "", 0   # the server that did not answer in time; monotonic()
+stalled, stalled_until = "", 0   # see outage(); on the clock of time.monotonic()
 broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
     "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
 
 
 def connect():
-    """Open both connections, unless they are open and healthy.
-
-    A request that has waited a second in vain makes its worker refuse the next ones for
-    a second. Otherwise, each of the queued requests would wait its second, too.
-    """
+    """Open both connections unless they are open and not broken; 503 during a stall."""
     global db, producer
     if time.monotonic() < stalled_until:
         raise unavailable(stalled)
     if db:
-        # Data on an idle connection means that the server has closed it or that
-        # RabbitMQ has raised an alarm.
+        # A server sends nothing while we are idle, except when it closes the connection
+        # or, in the case of RabbitMQ, when it raises an alarm.
         unusable, _, _ = select.select([db, broker.connection.sock], [], [], 0)
         if not unusable:
             return
     disconnect()
-    broker.ensure_connection(   # tries each host once
-        max_retries=BROKER_URL.count(";"), interval_start=0, interval_step=0)
+    other_hosts = BROKER_URL.count(";")   # kombu tries each host once
+    broker.ensure_connection(
+        max_retries=other_hosts, interval_start=0, interval_step=0)
     channel = broker.default_channel
     DEAD_QUEUE.declare(channel=channel)
     MAIL_QUEUE.declare(channel=channel)
     producer = Producer(channel)
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
-    session.autocommit = True   # outside `with db:`, each statement commits by itself
-    # Or a statement that this worker has given up would go on, and keep its locks.
+    session.autocommit = True   # a statement outside of `with db:` commits by itself
+    # PostgreSQL itself gives up a little sooner than wait_for_database(), so that no
+    # statement goes on, and keeps its locks, when nobody waits for it any more.
     session.cursor().execute(
         "SET statement_timeout = %s; SET idle_in_transaction_session_timeout = %s",
-        [f"{TIMEOUT}s", f"{3 * TIMEOUT}s"])
-    db = session
+        [f"{900 * TIMEOUT}ms", f"{3 * TIMEOUT}s"])
+    db = session   # last: it says that both are open
 
 
 def disconnect():
@@ -398,7 +374,7 @@ def disconnect():
 
 
 def wait_for_database(session):
-    """psycopg2's wait callback, with a timeout, because libpq has none for reading."""
+    """psycopg2 calls this to wait for an answer: libpq has no timeout for that."""
     while (state := session.poll()) != POLL_OK:
         reading, writing = ([session], []) if state == POLL_READ else ([], [session])
         if not any(select.select(reading, writing, [], TIMEOUT)):
@@ -406,6 +382,43 @@ def wait_for_database(session):
 
 
 set_wait_callback(wait_for_database)
+
+# -- When a server fails ---------------------------------------------------------------
+
+BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # OSError: sockets
+FAILURES = psycopg2.Error, *BROKER_ERRORS, CryptoError   # CryptoError: no memory
+
+
+def outage(error):
+    """Log which server failed and why, and return the 503 for the caller.
+
+    Nothing is tried again here: a statement without an answer may have taken effect.
+
+    A request that took a second has waited for a server in vain. Its worker refuses the
+    next ones for a second. Otherwise, each one in the queue would wait its second, too.
+    """
+    global stalled, stalled_until
+    cause = error.__context__
+    if isinstance(error, psycopg2.InterfaceError) and isinstance(cause, FAILURES):
+        error = cause   # it broke the connection, and then `with db:` had no ROLLBACK
+    server = ("database" if isinstance(error, psycopg2.Error) else
+              "broker" if isinstance(error, BROKER_ERRORS) else "service")
+    if time.monotonic() - g.began >= TIMEOUT:
+        stalled, stalled_until = server, time.monotonic() + TIMEOUT
+    reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
+    app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
+                       type(error).__name__, reason, g.get("job", "-"))
+    return unavailable(server)
+
+
+def unavailable(server):
+    """A 503 that names the server that has failed."""
+    return ServiceUnavailable(f"The {server} is temporarily unavailable.",
+                              retry_after=RETRY_AFTER)
+
+
+for kind in FAILURES:
+    app.register_error_handler(kind, lambda error: problem(outage(error)))
 
 # -- Passwords and codes ---------------------------------------------------------------
 
@@ -415,12 +428,12 @@ def hash_password(password):
     return pwhash.argon2id.str(password.encode(), 3, 12 << 20).decode()
 
 
-NOBODYS_HASH = hash_password(secrets.token_urlsafe())
+DUMMY_HASH = hash_password(secrets.token_urlsafe())
 
 
 def password_matches(account, password):
-    """Verify it. Without an account, verify nobody's hash, which takes as long."""
-    password_hash = account.password_hash if account else NOBODYS_HASH
+    """Whether it is the account's. Without an account, a dummy hash takes as long."""
+    password_hash = account.password_hash if account else DUMMY_HASH
     try:
         return pwhash.verify(password_hash.encode(), password.encode())
     except InvalidkeyError:
@@ -431,7 +444,7 @@ def password_matches(account, password):
 
 
 def digest(email, code):
-    """HMAC-SHA256: keyed, since all 10,000 codes can be tried on a stolen table."""
+    """HMAC-SHA256. Without a key, all codes could be tried on a stolen table."""
     return hmac.digest(SECRET_KEY.encode(), f"{email} {code}".encode(), "sha256")
 
 
@@ -439,56 +452,67 @@ def digest(email, code):
 
 
 def execute(statement, **values):
-    """The first row that a statement returns, or None."""
+    """Execute a statement with its %(named)s values, and return the cursor."""
     cursor = db.cursor()
     cursor.execute(statement, values)
-    return cursor.fetchone()
-
-
-# How far this worker has deleted. While a backup holds an old snapshot, deleted rows
-# stay in the indexes: starting at their beginning would take longer each time.
-deleted_to = {"limits": "epoch", "users": "epoch"}
+    return cursor
 
 
 def tidy():
-    """Once in 30 requests, delete up to 300 expired limits, and up to 300 users who did
-    not activate within a day. 30 requests add fewer, so no cron job is needed.
+    """In one of 30 requests, delete up to 300 expired rows of each table.
 
-    Rows in use are skipped, so it never waits.
+    That is more than 30 requests add, so no cron job is needed. Each worker continues
+    where it stopped: while a backup holds an old snapshot, deleted rows stay in the
+    index, and passing over all of them would take longer each time.
     """
-    if secrets.randbelow(30):
-        return
-    last = execute("""
-        WITH old_limits AS (
-             DELETE FROM limits
-              WHERE (name, subject) IN (
-                    SELECT name, subject
-                      FROM limits
-                     WHERE expires_at BETWEEN %(limits)s AND now()
-                     ORDER BY expires_at
-                     LIMIT 300
-                       FOR UPDATE SKIP LOCKED)
-             RETURNING expires_at),
-             old_users AS (
-             DELETE FROM users
-              WHERE email IN (
-                    SELECT email
-                      FROM users
-                     WHERE activated_at IS NULL
-                       AND registered_at BETWEEN %(users)s AND now() - interval '1 day'
-                     ORDER BY registered_at
-                     LIMIT 300
-                       FOR UPDATE SKIP LOCKED)
-             RETURNING registered_at)
-        SELECT (SELECT max(expires_at) FROM old_limits) AS limits,
-               (SELECT max(registered_at) FROM old_users) AS users
-        """, **deleted_to)
-    for table, instant in last._asdict().items():
-        deleted_to[table] = instant or deleted_to[table]
+    global limits_tidied_to, users_tidied_to
+    if secrets.randbelow(30) == 0:
+        with suppress(QueryCanceled):   # a new worker's first time during such a backup
+            limits_tidied_to = delete_limits(limits_tidied_to)
+            users_tidied_to = delete_users(users_tidied_to)
+
+
+limits_tidied_to = users_tidied_to = "epoch"   # 1970, in PostgreSQL
+
+
+def delete_limits(start):
+    """Delete windows that are over, from start on; where it stopped."""
+    deleted = execute("""
+        DELETE FROM limits
+         WHERE (name, subject) IN (
+               SELECT name, subject
+                 FROM limits
+                WHERE expires_at BETWEEN %(start)s AND now()
+                ORDER BY expires_at
+                LIMIT 300
+                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use again
+        RETURNING expires_at
+        """, start=start)
+    return max((row.expires_at for row in deleted), default=start)
+
+
+def delete_users(start):
+    """Delete accounts that have been waiting for a day, from start on; likewise."""
+    deleted = execute("""
+        DELETE FROM users
+         WHERE email IN (
+               SELECT email
+                 FROM users
+                WHERE activated_at IS NULL
+                  AND registered_at BETWEEN %(start)s AND now() - interval '1 day'
+                ORDER BY registered_at
+                LIMIT 300
+                  FOR UPDATE SKIP LOCKED)
+        RETURNING registered_at
+        """, start=start)
+    return max((row.registered_at for row in deleted), default=start)
 
 
 def count_request(name, subject, allowed, seconds):
-    """Count a request of a subject in a window of so many seconds, or 429."""
+    """Count a request of a client or an address in a fixed window, or 429.
+
+    allowed is the number of requests in a window, which lasts so many seconds.
+    """
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
         VALUES (%(name)s, %(subject)s, 1, now() + %(seconds)s * interval '1 second')
@@ -497,14 +521,14 @@ def count_request(name, subject, allowed, seconds):
                expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
                                  ELSE excluded.expires_at END
         RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
-        """, name=name, subject=subject, seconds=seconds)
+        """, name=name, subject=subject, seconds=seconds).fetchone()
     if limit.count > allowed:
         abort(429, "Too many requests for this address or from this client.",
               retry_after=limit.wait)
 
 
 def upsert_waiting(email, password_hash, code_digest):
-    """Write password and code together, or None where the account is active."""
+    """Write password and code together. The row, or None if the account is active."""
     return execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
@@ -518,7 +542,7 @@ def upsert_waiting(email, password_hash, code_digest):
          WHERE old.activated_at IS NULL
         RETURNING extract(epoch FROM registered_at)::float AS issued_at
         """, email=email, password_hash=password_hash, code_digest=code_digest,
-        lifetime=CODE_LIFETIME)
+        lifetime=CODE_LIFETIME).fetchone()
 
 
 def select_account(email):
@@ -527,14 +551,14 @@ def select_account(email):
         SELECT email, password_hash, activated_at
           FROM users
          WHERE email = %(email)s
-        """, email=email)
+        """, email=email).fetchone()
 
 
 def spend_attempt(account, code_digest):
     """Count an attempt and compare its code in one atomic step: True if it activated.
 
     The condition names the hash that was verified. If the address has been registered
-    again since, this password and its code are dead, and no row is touched.
+    again since, this password and its code are void, and no row is touched.
     """
     row = execute("""
         UPDATE users
@@ -547,7 +571,7 @@ def spend_attempt(account, code_digest):
            AND attempts < %(allowed)s
         RETURNING activated_at
         """, email=account.email, password_hash=account.password_hash,
-        code_digest=code_digest, allowed=CODE_ATTEMPTS)
+        code_digest=code_digest, allowed=CODE_ATTEMPTS).fetchone()
     return bool(row and row.activated_at)
 
 
@@ -557,9 +581,9 @@ def spend_attempt(account, code_digest):
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    issued_at is in seconds since 1970. After a lifetime in seconds the mail is useless:
-    the consumer does not send it, and the broker does not keep it in the queue.
-    Mandatory: without its queue, a job is an error and not silently lost.
+    issued_at is in seconds since 1970. A lifetime in seconds later, the consumer sends
+    the mail no more, and the broker moves the job to mail.dead. Mandatory: without its
+    queue, a job is an error and not silently lost.
     """
     g.job = secrets.token_hex(16)
     producer.publish(
@@ -570,7 +594,7 @@ def publish(template, email, issued_at, lifetime, **fields):
 
 
 def mail_confirmation(email):
-    """Publish the confirmation, or log that it is missing: the account is active."""
+    """Publish the confirmation, or log that it failed: the account is active anyway."""
     try:
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)
     except BROKER_ERRORS as error:

@@ -1,88 +1,120 @@
-"""How fast it is, each figure against a limit measured in turn with it: make bench.
+"""How fast the program is, each figure against a limit measured in turn with it.
 
-About ten minutes, on private servers, with the settings of production; only the limits
-on requests are raised, and codes live longer. Prints one table, draws docs/load.svg.
+    make bench                                    about 11 minutes
+    python tests/bench.py --accounts 10000000     the big table ten times as big
+    python tests/bench.py --only registrations    one part; --help lists them
+    python tests/bench.py --huge-pages            with and without them; needs root
+    python tests/bench.py --program /tmp/changed  the program in another folder
 
-    python tests/bench.py --accounts 10000000     # the big table ten times as big
-    python tests/bench.py --only registrations    # one part; --help lists them
-    python tests/bench.py --program /tmp/changed  # the program in another folder
+It prints one table and draws docs/load.svg. It starts servers of its own, and version 1
+beside the program: a commit with its own packages, database, virtual host, consumer and
+callers. Both run with the settings of production, but the limits on requests are out of
+the way and codes live longer.
 
-Read main(), then the parts in its order. outside.py is the callers and the mail server,
-bench_limit.py the route that answers are compared with, draw.py the picture.
+Read main(), then the parts in its order. outside.py has the callers and the mail
+server, edge.py nginx, bench_limit.py the limits, draw.py the picture.
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
-import smtplib
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 
 import amqp
-import argon2
 import conftest
 import draw
 import jobs
 import servers as start
 import steps
+from edge import Edge
 from kombu import Connection
 
+VERSION_1 = "7371f40"               # gunicorn's threads and argon2-cffi
 CORES = os.cpu_count()
-CLIENTS, CROWD = 8, 100
+CALLERS, CROWD = 8, 100
+BACKLOG = ["--backlog", "64"]       # behind the edge, as in docker-compose.yml
+# Multiples of the capacity: for the picture, denser where the curves bend, and those
+# whose goodput has an aim.
+LOADS = 0.1, 0.2, 0.4, 0.7, 0.85, 1, 1.15, 1.5, 2, 3, 4, 6, 8, 12
+GOODPUT = {2: 0.9, 4: 0.9, 8: 0.85}
+LIMITS = Path(__file__).with_name("bench_limit.py")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TICK = os.sysconf("SC_CLK_TCK")     # of /proc/*/stat, a second
 BEGIN = time.monotonic()
-# Of the capacity. Crowded around it, where the curves bend.
-LOADS = 0.1, 0.3, 0.5, 0.7, 0.85, 1, 1.15, 1.5, 2, 3, 4.5, 6, 9, 12
 
 
 def say(text):
     print(f"{time.monotonic() - BEGIN:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
-def percentile(numbers, percent):
-    numbers = sorted(numbers)
-    return numbers[min(len(numbers) - 1, len(numbers) * percent // 100)]
-
-
 # -- The system ------------------------------------------------------------------------
 
 
-class Outside(start.Server):
-    """outside.py; .do("closed", ...) has it obey a command and gives the result."""
-
-    name = "outside"
+class Helper(start.Server):
+    """A Python process that obeys us: a line of JSON each way."""
 
     def launch(self):
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("outside.py")], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            [sys.executable, *self.command()], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         start.guard(self.process.pid)
+
+    def answers(self):
+        return self.alive()
+
+    def tell(self, **command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self):
+        return json.loads(self.process.stdout.readline())
+
+
+class Outside(Helper):
+    """The callers and the mail server; .port is its."""
+
+    name = "outside"
+
+    def command(self):
+        return [Path(__file__).with_name("outside.py")]
 
     def answers(self):
         self.port = int(self.process.stdout.readline())
         return True
 
     def do(self, command, /, **arguments):
-        self.process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        self.tell(do=command, **arguments)
+        return SimpleNamespace(**self.hear())
+
+
+class Hasher(Helper):
+    """Hashes on one core."""
+
+    name = "hasher"
+
+    def command(self):
+        return [LIMITS, "hash"]
 
 
 class Limit(start.Gunicorn):
     """The same gunicorn around bench_limit.py."""
 
     def command(self):
-        return [sys.executable, "-m", "gunicorn", "bench_limit:app", "--pythonpath",
-                str(Path(__file__).parent), "--bind", f"127.0.0.1:{self.port}"]
+        return [sys.executable, "-m", "gunicorn", f"{LIMITS.stem}:app", "--pythonpath",
+                str(LIMITS.parent), "--bind", f"127.0.0.1:{self.port}"]
 
     def answers(self):
         return self.alive() and start.responds(self.port)
@@ -90,35 +122,135 @@ class Limit(start.Gunicorn):
 
 @contextmanager
 def system():
-    """All servers and the program, with .settings for more of it."""
-    start.install_missing([start.Postgres, start.RabbitMQ])
+    """All that runs from beginning to end: the program, with version 1 as its .old."""
+    start.install_missing([start.Postgres, start.RabbitMQ, Edge])
+    home = version_1()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        os.chmod(folder, 0o755)
-        folder = Path(folder)
-        with start.running(start.Postgres(folder), start.RabbitMQ(folder),
-                           Outside(folder)) as (postgres, rabbitmq, outside):
-            postgres.psql((start.Program.cwd / "sql/schema.sql").read_text())
-            settings = conftest.SETTINGS | {
-                "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
-                "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(outside.port),
-                "CODE_LIFETIME": "900", "WEB_CONCURRENCY": str(CORES)}
-            with start.running(start.Gunicorn(folder, settings),
-                               start.Consumer(folder, settings)) as (api, consumer):
-                yield SimpleNamespace(
-                    folder=folder, settings=settings, postgres=postgres,
-                    rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
+        os.chmod(folder, 0o755)     # PostgreSQL and nginx run as other users
+        servers = start.Postgres(folder), start.RabbitMQ(folder)
+        hashers = [Hasher(folder) for _ in range(CORES)]
+        with start.running(*servers, *hashers), \
+                program(servers, "version_1", home, home / ".venv/bin/python") as old, \
+                program(servers, "version_2", OPTIONS.program, sys.executable) as here:
+            here.old, here.hashers = old, hashers
+            old.library, here.library = "argon2-cffi", "PyNaCl"
+            yield here
+
+
+def version_1():
+    """Its folder, made when it is missing, with the packages of its own lock."""
+    folder = start.LOCAL / "version-1"
+    complete = folder / ".venv/complete"
+    if not complete.exists():
+        say(f"making {folder.relative_to(start.TOP)}")
+        shutil.rmtree(folder, ignore_errors=True)
+        start.run(["git", "-C", start.TOP, "worktree", "add", "--force", "--detach",
+                   folder, VERSION_1])
+        start.run([sys.executable, "-m", "venv", folder / ".venv"])
+        start.run([folder / ".venv/bin/python", "-m", "pip", "install", "--quiet",
+                   "--disable-pip-version-check", "--require-hashes",
+                   "--requirement", folder / "requirements.lock"])
+        complete.touch()
+    return folder
 
 
 @contextmanager
-def another_api(here, kind=start.Gunicorn, **settings):
+def program(servers, name, home, python):
+    """One version of the program; the servers are all that it shares with the other."""
+    postgres, rabbitmq = servers
+    folder = postgres.folder / name
+    rabbitmq.ctl("add_vhost", name)
+    rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+    with Outside(folder) as outside:
+        settings = conftest.SETTINGS | {
+            "DATABASE_URL": database(postgres, name, home),
+            "BROKER_URL": rabbitmq.url.removesuffix("/") + name,
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(outside.port),
+            "CODE_LIFETIME": "900"}
+        settings.pop("WEB_CONCURRENCY", None)   # each version has its own default
+        processes = start.Gunicorn(folder, settings), start.Consumer(folder, settings)
+        for process in processes:
+            process.cwd, process.python = home, python
+        with start.running(*processes) as (api, consumer):
+            yield SimpleNamespace(
+                name=name, folder=folder, settings=settings, postgres=postgres,
+                rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
+
+
+def database(postgres, name, home):
+    """The URL of a new database with the tables of that version."""
+    postgres.psql(f"CREATE DATABASE {name}")
+    url = postgres.url.rpartition("/")[0] + "/" + name
+    psql(url, (home / "sql/schema.sql").read_text())
+    return url
+
+
+@contextmanager
+def another_api(here, kind=start.Gunicorn, options=(), **settings):
+    """One more process of version 2, or of another kind, with changed settings."""
     folder = here.folder / f"api{time.monotonic_ns()}"
-    with kind(folder, here.settings | settings) as api:
+    with kind(folder, here.settings | settings, options=options) as api:
         yield api
 
 
-def processes(here):
-    return {"API": here.api, "PostgreSQL": here.postgres, "RabbitMQ": here.rabbitmq,
-            "consumer": here.consumer, "callers and sink": here.outside}
+@contextmanager
+def behind_the_edge(here):
+    """(an API, nginx in front of it), as in docker-compose.yml."""
+    with another_api(here, options=BACKLOG, TRUSTED_PROXIES="1") as api, \
+            Edge(api.folder / "edge", api) as edge:
+        yield api, edge
+
+
+def psql(url, sql):
+    return start.run([start.find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", url],
+                     input=sql)
+
+
+# -- What is measured ------------------------------------------------------------------
+
+
+def ask(version, what, seconds, clients=CALLERS, port=None, statuses=None):
+    """Callers who ask again as soon as they are answered."""
+    found = version.outside.do("closed", what=what, port=port or version.api.port,
+                               clients=clients, seconds=seconds)
+    return checked(found, statuses or {"register": ["202"], "activate": ["200"]}[what])
+
+
+def checked(found, statuses):
+    """The same, if every caller had one of these answers, and every 202 its mail."""
+    assert set(found.all) <= set(statuses), found.all
+    assert not found.unanswered and not found.lost, (found.unanswered, found.lost)
+    return found
+
+
+def per_second(found, status="202"):
+    return found.answers.get(status, 0) / found.seconds
+
+
+def p99(found, status="202"):
+    return percentile(found.latencies.get(status, [0]), 99)
+
+
+def percentile(numbers, percent):
+    numbers = sorted(numbers)
+    return numbers[min(len(numbers) - 1, len(numbers) * percent // 100)]
+
+
+def hashes(here, seconds):
+    """{library: (hashes a second on all cores, CPU ms of one)}; nothing else works."""
+    found = {}
+    for library in "PyNaCl", "argon2-cffi":
+        for each in here.hashers:
+            each.tell(library=library, seconds=seconds)
+        rates, cpu = zip(*[each.hear() for each in here.hashers])
+        found[library] = sum(rates), 1000 * mean(cpu)
+    return found
+
+
+def processes(version):
+    """All that has to do with its requests, but the callers."""
+    return {"API": version.api, "PostgreSQL": version.postgres,
+            "RabbitMQ": version.rabbitmq, "consumer": version.consumer}
 
 
 def cpu_seconds(server):
@@ -131,7 +263,7 @@ def cpu_seconds(server):
 
 
 def megabytes(server):
-    """The memory of each process of a server; of what they share, its share."""
+    """The memory of each process of a server, with its share of what they share."""
     return [int(line.split()[1]) / 1024 for pid in start.tree(server.process.pid)
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             if line.startswith("Pss:")]
@@ -139,27 +271,30 @@ def megabytes(server):
 
 # -- The table -------------------------------------------------------------------------
 
-rows = []
+table = [["figure", "divided by", "value", "ratio", "aim", ""]]
 
 
-def row(figure, aim, value, met=None, limit="–", ratio="–"):
-    rows.append([figure, limit, value, ratio, aim,
-                 {True: "met", False: "NOT MET", None: ""}[met]])
-    say("  ".join(rows[-1]))
+def row(figure, values, unit, limits=None, least=None, most=None):
+    """values and limits: one a round; the table has the medians.
 
-
-def ratio_row(figure, aim, pairs, unit, at_most=False):
-    """pairs: (value, limit) of each round, divided before the median is taken."""
-    value, limit = (median(each) for each in zip(*pairs))
-    ratio = median([value / limit for value, limit in pairs])
-    row(figure, f"{'≤' if at_most else '≥'} {aim}", f"{value:.4g} {unit}",
-        ratio <= aim if at_most else ratio >= aim, f"{limit:.4g} {unit}",
-        f"{ratio:.3f}")
+    The aim (least or most) is one for the ratio, if there is one, else for the value.
+    """
+    value, limit, ratio, aim, met = median(values), "–", "–", "–", ""
+    found = value
+    if limits:
+        found = median([value / limit for value, limit in zip(values, limits)])
+        limit, ratio = f"{median(limits):.4g} {unit}", f"{found:.3f}"
+    if least is not None or most is not None:
+        aim = f"≥ {least}" if most is None else f"≤ {most}"
+        aim += "" if limits or not unit else f" {unit}"
+        reached = found >= least if most is None else found <= most
+        met = "met" if reached else "NOT MET"
+    table.append([figure, limit, f"{value:.4g} {unit}".strip(), ratio, aim, met])
+    say("  ".join(table[-1]))
 
 
 def print_table():
-    table = [["figure", "limit", "value", "ratio", "aim", ""], *rows]
-    widths = [max(len(line[column]) for line in table) for column in range(6)]
+    widths = [max(map(len, column)) for column in zip(*table)]
     print()
     for line in table:
         cells = (text.ljust(width) for text, width in zip(line, widths))
@@ -171,198 +306,215 @@ def print_machine():
                   for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    packages = ["gunicorn", "Flask", "psycopg2-binary", "kombu", "argon2-cffi"]
+    packages = "gunicorn", "Flask", "psycopg2-binary", "kombu", "PyNaCl", "argon2-cffi"
     postgres = start.run([start.find("postgres"), "--version"]).split()[2]
-    rabbitmq = start.run(["dpkg-query", "-Wf", "${Version}", "rabbitmq-server"]) \
-        if start.find("dpkg-query") else "?"
     print(f"\n{CORES} cores of {model}, {memory:.0f} GB, Linux {platform.release()}, "
-          f"load average at the begin {LOAD_AVERAGE:.1f}\n"
-          f"Python {platform.python_version()}, "
-          f"PostgreSQL {postgres}, RabbitMQ {rabbitmq}, "
-          + ", ".join(f"{name} {version(name)}" for name in packages))
+          f"transparent huge pages on {huge_pages_are()}, load average at the begin "
+          f"{LOAD_AVERAGE:.1f}\n"
+          f"Python {platform.python_version()}, PostgreSQL {postgres}, "
+          f"RabbitMQ {debian('rabbitmq-server')}, nginx {debian('nginx')}, "
+          + ", ".join(f"{name} {version(name)}" for name in packages)
+          + f"; version 1 is {VERSION_1}")
 
 
-# -- The limits ------------------------------------------------------------------------
+def debian(package):
+    """The version of a package of Debian."""
+    with suppress(OSError, RuntimeError):
+        return start.run(["dpkg-query", "-Wf", "${Version}", package])
+    return "?"
 
 
-def hash_limit(seconds):
-    """(hashes a second on all cores, CPU seconds of one), nothing else working."""
-    workers = [subprocess.Popen([sys.executable, __file__, "hash", str(seconds)],
-                                stdout=subprocess.PIPE, text=True)
-               for _ in range(CORES)]
-    results = [json.loads(worker.communicate()[0]) for worker in workers]
-    return sum(rate for rate, _ in results), mean(cpu for _, cpu in results)
-
-
-def hash_for(seconds):
-    hasher = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
-    hasher.hash("warm up")
-    count, begin, cpu = 0, time.monotonic(), time.process_time()
-    while time.monotonic() < begin + seconds:
-        hasher.hash("correct horse battery")
-        count += 1
-    elapsed = time.monotonic() - begin
-    print(json.dumps([count / elapsed, (time.process_time() - cpu) / count]))
-
-
-@contextmanager
-def smtp_loop(port, count, mail):
-    """A loop over smtplib that sends a mail so many times."""
-    with subprocess.Popen([sys.executable, __file__, "smtp", str(port), str(count)],
-                          stdin=subprocess.PIPE, text=True) as loop:
-        loop.stdin.write(mail)
-        loop.stdin.close()
-        yield
-
-
-def smtp_for(port, count):
-    mail = sys.stdin.buffer.read()
-    with smtplib.SMTP("127.0.0.1", port) as session:
-        for _ in range(count):
-            session.sendmail("registration@example.com", ["ann@example.com"], mail)
+def huge_pages_are():
+    """always, madvise or never."""
+    with suppress(OSError):
+        return re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())[1]
+    return "never"
 
 
 # -- The parts -------------------------------------------------------------------------
 
 
-def memory(here, seconds):
-    """Memory, while the processes are young.
+def memory(here, _):
+    """Memory after 1,000 and after 20,000 requests, of both versions."""
+    (before, after), (_, old) = grow(here), grow(here.old)
+    for process in after:
+        row(f"memory after 20,000 requests / 1,000: {process}", [after[process]], "MB",
+            [before[process]], most=1.05)
+    row("memory of the API in all / version 1", [in_all(after)], "MB", [in_all(old)],
+        most=1)
 
-    Most requests need no hash: 20,000 that do would take longer than all the rest.
+
+def grow(version):
+    """({process: MB} after 1,000 requests, and after 20,000).
+
+    Most of them need no hash: otherwise they would take longer than all the rest.
     """
-    def ask(what, seconds, least):
-        done = 0
-        while done < least:
-            done += sum(here.outside.do("closed", what=what, port=here.api.port,
-                                        clients=32, seconds=seconds).all.values())
-        return done
-
-    hashed = ask("register", 0.5, 150)
-    cheap = ask("cheap", 0.1, 1000 - hashed)
-    before = {name: megabytes(server) for name, server in processes(here).items()}
-    first = hashed + cheap
-    hashed += ask("register", seconds, 600)
-    cheap += ask("cheap", seconds / 2, 20_000 - hashed - cheap)
-    after = {name: megabytes(server) for name, server in processes(here).items()}
-    say(f"memory: after {first} and {hashed + cheap} requests, {hashed} of them "
-        f"with a hash; MB: {before} {after}")
-    for name in "API", "consumer":
-        for number, (now, then) in enumerate(zip(after[name], before[name])):
-            process = name if name == "consumer" else (
-                "gunicorn" if number == 0 else f"API worker {number}")
-            row(f"memory after 20,000 requests: {process}", "≤ 1.05", f"{now:.1f} MB",
-                now / then <= 1.05, f"{then:.1f} MB", f"{now / then:.3f}")
-    for name in "PostgreSQL", "RabbitMQ":
-        now, then = sum(after[name]), sum(before[name])
-        row(f"memory after 20,000 requests: {name}", "≤ 1.05", f"{now:.0f} MB",
-            now / then <= 1.05, f"{then:.0f} MB", f"{now / then:.3f}")
+    found = []
+    for what, count in ("register", 150), ("cheap", 850), ("register", 850), \
+            ("cheap", 18_150):
+        version.outside.do("closed", what=what, port=version.api.port, clients=32,
+                           seconds=600, count=count)
+        found.append(memory_of(version))
+    say(f"{version.name}: MB after 1,000 and after 20,000: {found[1]} {found[3]}")
+    return found[1], found[3]
 
 
-def registrations(here, seconds, rounds=10):
-    """Hashes, registrations, activations, and a crowd, in turn.
+def memory_of(version):
+    master, *workers = megabytes(version.api)
+    found = {"API master": master} | {
+        f"API worker {number}": each for number, each in enumerate(workers, 1)}
+    for server in version.consumer, version.postgres, version.rabbitmq:
+        found[server.name] = sum(megabytes(server))
+    return {process: round(each, 1) for process, each in found.items()}
 
-    In short turns, hashes before and after what is divided by them: how fast a machine
-    is that others share, changes within seconds.
+
+def in_all(found):
+    return sum(each for process, each in found.items() if process.startswith("API"))
+
+
+def registrations(here, seconds, rounds=8):
+    """Registrations and activations of both versions, a crowd, and hashes, in turn.
+
+    The turns are short: the speed of a machine that others share changes in seconds.
     """
-    register, activate, crowd, keen, latencies = [], [], [], [], {}
-    cost = {name: [] for name in processes(here)}
-    ask = functools.partial(
-        here.outside.do, "closed", port=here.api.port, seconds=seconds / 2)
+    found = defaultdict(list)       # {(figure, whose): [one a round]}
     for number in range(rounds):
-        limits = [hash_limit(seconds / 5)]
-        before = {name: cpu_seconds(server) for name, server in processes(here).items()}
-        eight = ask(what="register", clients=CLIENTS)
-        for name, server in processes(here).items():
-            cost[name].append(1000 * (cpu_seconds(server) - before[name])
-                              / eight.all["202"])
-        active = ask(what="activate", clients=CLIENTS)
-        limits.append(hash_limit(seconds / 5))
-        hashes, hash_cpu = map(mean, zip(*limits))
-        cost["API"][-1] -= 1000 * hash_cpu
-        hundred = ask(what="register", clients=CROWD, patient=True)
-        rush = ask(what="register", clients=CROWD)
-        assert set(eight.all) == {"202"} and set(active.all) == {"200"}, (eight, active)
-        assert {*hundred.all, *rush.all} <= {"202", "503"}, (hundred.all, rush.all)
-        assert not eight.lost + hundred.lost + rush.lost
-        per_second = [len(phase.answers[status]) / phase.seconds for phase, status in (
-            (eight, "202"), (active, "200"), (hundred, "202"), (rush, "202"))]
-        register.append((per_second[0], hashes))
-        activate.append((per_second[1], hashes))
-        crowd.append((per_second[2], per_second[0]))
-        keen.append((per_second[3], per_second[0]))
-        for name, phase in ("", hundred), ("keen ", rush):
-            for status, found in phase.answers.items():
-                latencies.setdefault(name + status, []).append(percentile(found, 99))
-        say(f"round {number + 1}: {hashes:.1f} hashes, "
-            f"{per_second[0]:.1f} registrations, "
-            f"{per_second[1]:.1f} activations/s; with {CROWD} {per_second[2]:.1f}, "
-            f"no pauses {per_second[3]:.1f}; hash {1000 * hash_cpu:.1f} ms; CPU ms: "
-            + ", ".join(f"{name} {found[-1]:.2f}" for name, found in cost.items()))
-    ratio_row(f"registrations, {CLIENTS} clients / hashes", 0.75, register, "/s")
-    ratio_row(f"activations, {CLIENTS} clients / hashes", 0.75, activate, "/s")
-    ratio_row(f"goodput, {CROWD} clients / {CLIENTS} clients", 0.95, crowd, "/s")
-    row("(the same, if none waits after a 503)", "–",
-        f"{median([value for value, _ in keen]):.4g} /s",
-        ratio=f"{median([value / limit for value, limit in keen]):.3f}")
-    for status, word, most in ("202", "accepted", 1), ("503", "shed", 0.25):
-        slowest = median(latencies[status])
-        none_waits = median(latencies["keen " + status])
-        row(f"p99 {word}, {CROWD} clients", f"≤ {most} s", f"{slowest:.3f} s",
-            slowest <= most)
-        row("(the same, if none waits after a 503)", "–", f"{none_waits:.3f} s")
-    for name, aim in ("API", 3), ("consumer", 2), ("PostgreSQL", None), \
-            ("RabbitMQ", None), ("callers and sink", None):
-        value = median(cost[name])
-        row(f"CPU a registration: {name}" + ", beside the hash" * (name == "API"),
-            f"≤ {aim} ms" if aim else "–", f"{value:.2f} ms",
-            value <= aim if aim else None)
-    here.capacity = median([rate for rate, _ in register])
+        for figure, value in one_round(here, seconds / 2).items():
+            found[figure].append(value)
+        say(f"round {number + 1}: " + ", ".join(
+            f"{' '.join(figure)} {values[-1]:.4g}" for figure, values in found.items()))
+    for what in "registrations", "activations":
+        new, old = found[what, "version_2"], found[what, "version_1"]
+        row(f"{what}, {CALLERS} callers / version 1", new, "/s", old, least=1.4)
+        for library, least in ("PyNaCl", 0.62), ("argon2-cffi", 1):
+            row(f"{what}, {CALLERS} callers / hashes by {library}", new, "/s",
+                found["hashes", library], least=least)
+    row(f"registrations, {CROWD} callers / {CALLERS} callers", found["crowd", "rate"],
+        "/s", found["registrations", "version_2"], least=0.97)
+    row(f"p99, {CROWD} callers", found["crowd", "p99"], "s", most=1)
+    row(f"refused, {CROWD} callers", [sum(found["crowd", "refused"])], "", most=0)
+    for process in [*processes(here), "all"]:
+        new, old = found[process, "version_2"], found[process, "version_1"]
+        row(f"CPU a registration beside the hash: {process} / version 1", new, "ms",
+            old)
+    row("CPU a registration beside the hash: all", new, "ms", most=5.5)
+
+
+def one_round(here, seconds):
+    """{(figure, whose): value}, with hashes before and after all the rest."""
+    found = {}
+    before = hashes(here, seconds / 5)
+    for version in here, here.old:
+        rate, cost = registrations_and_cost(version, seconds)
+        found["registrations", version.name] = rate
+        found |= {(process, version.name): each for process, each in cost.items()}
+    crowd = ask(here, "register", seconds, CROWD, statuses=["202", "503"])
+    for version in here, here.old:
+        active = ask(version, "activate", seconds)
+        found["activations", version.name] = per_second(active, "200")
+    after = hashes(here, seconds / 5)
+
+    for version in here, here.old:
+        rate, cpu = map(mean, zip(before[version.library], after[version.library]))
+        found["hashes", version.library] = rate
+        found["CPU of a hash", version.library] = cpu
+        found["API", version.name] -= cpu
+        found["all", version.name] -= cpu
+    return found | {("crowd", "rate"): per_second(crowd), ("crowd", "p99"): p99(crowd),
+                    ("crowd", "refused"): crowd.all.get("503", 0)}
+
+
+def registrations_and_cost(version, seconds):
+    """(registrations a second, {process: CPU ms of one})."""
+    def spent():
+        return {process: cpu_seconds(server) for process, server in servers.items()}
+
+    servers = processes(version)
+    before = spent()
+    found = ask(version, "register", seconds)
+    cost = {process: 1000 * (now - before[process]) / found.all["202"]
+            for process, now in spent().items()}
+    return per_second(found), cost | {"all": sum(cost.values())}
+
+
+def overload(here, seconds):
+    """Callers who wait for nobody's answer, through the edge; docs/load.svg.
+
+    The capacity is what eight callers register directly, before and after each load.
+    """
+    found = defaultdict(list)   # {load: [(goodput, capacity, p99 accepted, refused)]}
+    with behind_the_edge(here) as (api, edge):
+        before = per_second(ask(here, "register", seconds / 2, port=api.port))
+        for load in [*LOADS, *4 * list(GOODPUT)]:
+            opened = checked(here.outside.do(
+                "opened", what="register", port=edge.port, rate=load * before,
+                seconds=seconds / 2), ["202", "503"])
+            after = per_second(ask(here, "register", seconds / 2, port=api.port))
+            found[load].append((per_second(opened), (before + after) / 2,
+                                p99(opened), p99(opened, "503")))
+            before = after
+            say("{:g} times the capacity: {:.1f} of {:.1f}/s, p99 {:.3f} s, refused "
+                "{:.3f} s".format(load, *found[load][-1]))
+    for load, least in GOODPUT.items():
+        goodput, capacity, _, _ = zip(*found[load])
+        row(f"goodput at {load} times the capacity / {CALLERS} callers", goodput, "/s",
+            capacity, least=least)
+    _, _, accepted, refused = zip(*found[8])
+    row("p99 accepted, 8 times the capacity", accepted, "s", most=1)
+    row("p99 refused, 8 times the capacity", refused, "s", most=0.3)
+    picture(found)
+
+
+def picture(found):
+    """Draw the medians of each load."""
+    capacity = median([each[1] for rounds in found.values() for each in rounds])
+    points = []
+    for load, rounds in sorted(found.items()):
+        share = median([goodput / most for goodput, most, _, _ in rounds])
+        accepted, refused = (median([each[n] for each in rounds]) for n in (2, 3))
+        points.append((load, share * capacity, accepted, refused))
+    path = start.TOP / "docs/load.svg"
+    path.write_text(draw.load(points, capacity))
+    say(f"drawn: {path.relative_to(start.TOP)}")
 
 
 def limited(here, seconds, rounds=5):
     """429 against a route that does one upsert."""
-    here.postgres.psql("CREATE UNLOGGED TABLE visits (name text PRIMARY KEY, "
-                       "count integer) WITH (fillfactor = 50)")
-    pairs, slowest, cpu = [], [], []
+    psql(here.settings["DATABASE_URL"], "CREATE UNLOGGED TABLE visits (name text "
+         "PRIMARY KEY, count integer) WITH (fillfactor = 50)")
+    refused, upserts = [], []
     with another_api(here, IP_LIMIT="60") as api, another_api(here, Limit) as limit:
-        ask = functools.partial(here.outside.do, "closed", clients=CLIENTS)
-        ask(what="register", port=api.port, seconds=2)      # beyond the limit
+        ask(here, "register", 2, port=api.port, statuses=["202", "429"])
         for _ in range(rounds):
-            most = ask(what="upsert", port=limit.port, seconds=seconds / 2)
-            shed = ask(what="register", port=api.port, seconds=seconds / 2)
-            assert set(shed.all) == {"429"} == set(most.all), (shed.all, most.all)
-            pairs.append((len(shed.answers["429"]) / shed.seconds,
-                          len(most.answers["429"]) / most.seconds))
-            cpu.append(shed.cpu / (shed.seconds + 0.5))
-            say(f"429: {pairs[-1][0]:.0f}/s, one upsert {pairs[-1][1]:.0f}/s, callers "
-                f"{cpu[-1]:.2f} of a core")
-        crowd = here.outside.do("closed", what="register", port=api.port, clients=CROWD,
-                                seconds=seconds / 2)
-        slowest = percentile(crowd.answers["429"], 99)
-    ratio_row("429 to one client / a route with one upsert", 0.5, pairs, "/s")
-    row(f"p99 limited, {CROWD} clients", "≤ 0.25 s", f"{slowest:.3f} s",
-        slowest <= 0.25)
+            for found, what, port in ((upserts, "upsert", limit.port),
+                                      (refused, "register", api.port)):
+                each = ask(here, what, seconds / 2, port=port, statuses=["429"])
+                found.append(per_second(each, "429"))
+            say(f"429: {refused[-1]:.0f}/s, one upsert {upserts[-1]:.0f}/s")
+        crowd = ask(here, "register", seconds / 2, CROWD, api.port, ["429"])
+    row("429 to one client / a route with one upsert", refused, "/s", upserts,
+        least=0.5)
+    row(f"p99 of a 429, {CROWD} callers", [p99(crowd, "429")], "s", most=0.25)
 
 
 def mails(here, seconds, rounds=5):
-    """A consumer with a full queue against a loop over smtplib."""
-    count, pairs, cpu = int(250 * seconds), [], []
-    here.consumer.stop()
+    """A consumer with a full queue, a loop over smtplib, and registrations, in turn."""
+    count, found, loop, registered = int(250 * seconds), [], [], []
     for number in range(rounds):
-        fill_queue(here.rabbitmq.url, count, number)
-        folder = here.folder / f"consumer{number}"
-        with start.Consumer(folder, here.settings) as consumer:
-            done = here.outside.do("count_mails", count=count)
-            cpu.append(1000 * cpu_seconds(consumer) / count)
+        registered.append(per_second(ask(here, "register", seconds / 2)))
+        here.consumer.stop()
+        fill_queue(here.settings["BROKER_URL"], count, number)
+        here.consumer.start()
+        done = here.outside.do("count_mails", count=count)
         with smtp_loop(here.outside.port, count, done.example):
             most = here.outside.do("count_mails", count=count)
-        assert done.mails == most.mails == count, (done, most)
-        pairs.append((count / done.seconds, count / most.seconds))
-        say(f"mails: {pairs[-1][0]:.0f}/s, smtplib {pairs[-1][1]:.0f}/s; sink "
-            f"{1000 * done.cpu / count:.2f} ms a mail, consumer {cpu[-1]:.2f} ms with "
-            "its start")
-    here.consumer.start()
-    ratio_row("mails of one consumer / a loop over smtplib", 0.8, pairs, "/s")
+        assert done.mails == most.mails == count, (done.mails, most.mails)
+        found.append(count / done.seconds)
+        loop.append(count / most.seconds)
+        say(f"mails: {found[-1]:.0f}/s, smtplib {loop[-1]:.0f}/s; "
+            f"{registered[-1]:.1f} registrations/s")
+    row("mails of one consumer / registrations", found, "/s", registered, least=4)
+    row("mails of one consumer / a loop over smtplib", found, "/s", loop, least=0.8)
 
 
 def fill_queue(broker, count, number):
@@ -374,44 +526,53 @@ def fill_queue(broker, count, number):
                "issued_at": now, "expires_at": now + 900}
         channel.basic_publish(amqp.Message(
             json.dumps(job), content_type="application/json", content_encoding="utf-8",
-            delivery_mode=2, message_id=f"{number:04x}{each:028x}"),
-            routing_key=jobs.MAIL)
+            delivery_mode=2, expiration="900000",
+            message_id=f"{number:04x}{each:028x}"), routing_key=jobs.MAIL)
     steps.wait_until(lambda: jobs.waiting_in(broker) == count)
     channel.connection.client.collect()
+
+
+@contextmanager
+def smtp_loop(port, count, mail):
+    """A loop over smtplib sends a mail so many times, meanwhile."""
+    with subprocess.Popen([sys.executable, LIMITS, "smtp", str(port), str(count)],
+                          stdin=subprocess.PIPE, text=True,
+                          start_new_session=True) as loop:
+        loop.stdin.write(mail)
+        loop.stdin.close()
+        yield
 
 
 def delays(here, seconds):
     """From the 202 to the mail server's 250, one at a time."""
     found = here.outside.do("each", port=here.api.port, count=int(20 * seconds)).delays
-    for percent, aim in (50, 10), (99, 40):
-        value = 1000 * percentile(found, percent)
-        row(f"202 to mail accepted, p{percent}", f"≤ {aim} ms", f"{value:.1f} ms",
-            value <= aim)
+    for percent, most in (50, 10), (99, 40):
+        row(f"202 to mail accepted, p{percent}", [1000 * percentile(found, percent)],
+            "ms", most=most)
 
 
 def accounts(here, seconds, rounds=20):
     """Registrations one at a time, with a big table and with an empty one."""
-    many, pairs, urls = OPTIONS.accounts, [], {}
-    for name in "none", "many":
-        here.postgres.psql(f"CREATE DATABASE {name}")
-        urls[name] = here.postgres.url.rpartition("/")[0] + "/" + name
-        psql(urls[name], (start.Program.cwd / "sql/schema.sql").read_text())
+    urls = {name: database(here.postgres, name, OPTIONS.program)
+            for name in ("many", "none")}
     begin = time.monotonic()
-    psql(urls["many"], FILL.format(accounts=many))
-    say(f"{many:,} accounts made in {time.monotonic() - begin:.0f} s")
-    with another_api(here, DATABASE_URL=urls["none"]) as none, \
-            another_api(here, DATABASE_URL=urls["many"]) as some:
-        for api in none, some:
+    psql(urls["many"], FILL.format(accounts=OPTIONS.accounts))
+    say(f"{OPTIONS.accounts:,} accounts made in {time.monotonic() - begin:.0f} s")
+    found = {"many": [], "none": []}
+    with another_api(here, DATABASE_URL=urls["many"]) as many, \
+            another_api(here, DATABASE_URL=urls["none"]) as none:
+        apis = {"many": many, "none": none}
+        for api in apis.values():
             here.outside.do("each", port=api.port, count=30)       # connections, caches
         for _ in range(rounds):
-            value, limit = (median(here.outside.do(
-                "each", port=api.port, count=int(1.5 * seconds)).latencies)
-                for api in (some, none))
-            pairs.append((1000 * value, 1000 * limit))
-            say(f"registration p50: {1000 * value:.1f} ms with {many:,}, "
-                f"{1000 * limit:.1f} ms with none")
-    ratio_row(f"registration p50, {many:,} accounts / none", 1.1, pairs, "ms",
-              at_most=True)
+            for name, api in apis.items():
+                latencies = here.outside.do("each", port=api.port,
+                                            count=int(1.5 * seconds)).latencies
+                found[name].append(1000 * median(latencies))
+            say("p50: " + ", ".join(
+                f"{values[-1]:.1f} ms with {name}" for name, values in found.items()))
+    row(f"registration p50, {OPTIONS.accounts:,} accounts / none", found["many"], "ms",
+        found["none"], most=1.1)
 
 
 # Nine in ten are active; of those that wait, every second one for longer than a day.
@@ -437,68 +598,70 @@ FILL = """
 """
 
 
-def psql(url, sql):
-    return start.run([start.find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", url],
-                     input=sql)
-
-
-def picture(here, seconds):
-    """Goodput and p99 as the offered load grows; arrivals do not wait for answers."""
-    points = []
-    capacity = getattr(here, "capacity", None)
-    if not capacity:
-        found = here.outside.do("closed", what="register", port=here.api.port,
-                                clients=CLIENTS, seconds=seconds)
-        capacity = len(found.answers["202"]) / found.seconds
-    for load in LOADS:
-        found = here.outside.do("opened", what="register", port=here.api.port,
-                                rate=load * capacity, seconds=seconds)
-        assert set(found.all) <= {"202", "503"}, found.all
-        good, shed = found.answers.get("202", []), found.answers.get("503", [])
-        points.append((load * capacity, len(good) / found.seconds, percentile(good, 99),
-                       percentile(shed, 99) if shed else None))
-        say(f"{load:5.2f} x capacity: {len(good) / found.seconds:.1f}/s good, p99 "
-            f"{points[-1][2]:.3f} s; {len(shed) / found.seconds:.0f}/s shed, p99 "
-            f"{points[-1][3] or 0:.3f} s; callers {found.cpu / found.seconds:.2f} core")
-    path = start.TOP / "docs/load.svg"
-    path.write_text(draw.load(points, capacity))
-    say(f"drawn: {path}")
+def huge_pages(here, seconds, rounds=5):
+    """The host's transparent huge pages on always and on madvise, in turn."""
+    before, found = huge_pages_are(), defaultdict(list)
+    try:
+        for _ in range(rounds):
+            for setting in "always", "madvise":
+                HUGE_PAGES.write_text(setting)
+                for library, (rate, _) in hashes(here, seconds / 10).items():
+                    found[f"hashes by {library}", setting].append(rate)
+                found[f"registrations, {CALLERS} callers", setting].append(
+                    per_second(ask(here, "register", seconds / 2)))
+    finally:
+        HUGE_PAGES.write_text(before)
+    for what in dict.fromkeys(what for what, _ in found):
+        row(f"{what}: huge pages on always / on madvise", found[what, "always"], "/s",
+            found[what, "madvise"])
 
 
 # -- All of it -------------------------------------------------------------------------
 
-PARTS = memory, registrations, limited, mails, delays, accounts, picture
+PARTS = {part.__name__: part for part in (
+    memory, registrations, overload, limited, mails, delays, accounts, huge_pages)}
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--accounts", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=8, help="of a phase")
-    parser.add_argument("--only", help="some parts, of: " + ", ".join(
-        part.__name__ for part in PARTS))
+    parser.add_argument("--only", help="some parts, of: " + ",".join(PARTS))
+    parser.add_argument("--huge-pages", action="store_true", help="that part, too: it "
+                        "switches the machine's setting to and fro, then back")
     parser.add_argument("--program", type=Path, default=start.TOP,
                         help="the folder of the program that is measured")
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.parts = found.only.split(",") if found.only else [*PARTS][:-1]
+    if found.huge_pages and "huge_pages" not in found.parts:
+        found.parts.append("huge_pages")
+    if wrong := set(found.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(wrong)}")
+    if "huge_pages" in found.parts and not os.access(HUGE_PAGES, os.W_OK):
+        parser.error(f"we may not write to {HUGE_PAGES}")
+    found.program = found.program.resolve()
+    return found
 
 
 def main():
-    wanted = OPTIONS.only.split(",") if OPTIONS.only else [p.__name__ for p in PARTS]
-    start.Program.cwd = OPTIONS.program.resolve()
-    with system() as here:
-        for part in PARTS:
-            if part.__name__ in wanted:
-                say(f"-- {part.__name__}: {part.__doc__.split(chr(10))[0]}")
-                part(here, OPTIONS.seconds)
-    print_machine()
-    print_table()
+    start.Program.cwd = OPTIONS.program
+    try:
+        with system() as here:
+            for name in OPTIONS.parts:
+                say(f"-- {name}: {PARTS[name].__doc__.partition(chr(10))[0]}")
+                PARTS[name](here, OPTIONS.seconds)
+    finally:    # what was measured until Ctrl-C or an error, too
+        if len(table) > 1:
+            print_machine()
+            print_table()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["hash"]:
-        hash_for(float(sys.argv[2]))
-    elif sys.argv[1:2] == ["smtp"]:
-        smtp_for(*map(int, sys.argv[2:]))
-    else:
-        LOAD_AVERAGE = os.getloadavg()[0]
-        OPTIONS = options()
+    LOAD_AVERAGE = os.getloadavg()[0]
+    OPTIONS = options()
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, start.interrupt)
+    try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

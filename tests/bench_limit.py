@@ -1,21 +1,37 @@
-"""What bench.py divides by: a Flask route that does one upsert and nothing else."""
+"""What bench.py divides by: an upsert, a hash, a mail, and nothing else.
 
+    gunicorn bench_limit:app                  a route that does one upsert
+    python bench_limit.py hash                hashes for as long as stdin tells it to
+    python bench_limit.py smtp PORT COUNT     sends the mail on stdin so many times
+"""
+
+import json
 import os
-import threading
+import smtplib
+import sys
+import time
 
+import argon2
 import psycopg2
 from flask import Flask
+from nacl import pwhash
 
 app = Flask(__name__)
-mine = threading.local()
+db = None
+
+# The program's parameters: 12 MiB, 3 passes, 1 lane.
+OTHER = argon2.PasswordHasher(time_cost=3, memory_cost=12 * 1024, parallelism=1)
+HASH = {"PyNaCl": lambda password: pwhash.argon2id.str(password, 3, 12 << 20),
+        "argon2-cffi": OTHER.hash}
 
 
 @app.post("/upsert")
 def upsert():
-    if not hasattr(mine, "db"):
-        mine.db = psycopg2.connect(os.environ["DATABASE_URL"])
-        mine.db.autocommit = True
-    cursor = mine.db.cursor()
+    global db
+    if not db:      # once in a worker, after the fork
+        db = psycopg2.connect(os.environ["DATABASE_URL"])
+        db.autocommit = True
+    cursor = db.cursor()
     cursor.execute("""
         INSERT INTO visits AS old (name, count)
         VALUES ('everybody', 1)
@@ -23,3 +39,35 @@ def upsert():
            SET count = old.count + 1
         RETURNING count""")
     return {"count": cursor.fetchone()[0]}, 429
+
+
+def hash_for(library, seconds):
+    """(hashes a second, CPU seconds of one) on one core."""
+    count, begin, cpu = 0, time.monotonic(), time.process_time()
+    while time.monotonic() < begin + seconds:
+        HASH[library](b"correct horse battery")
+        count += 1
+    elapsed = time.monotonic() - begin
+    return count / elapsed, (time.process_time() - cpu) / count
+
+
+def hash_when_told():
+    """Like outside.py: a line of JSON each way."""
+    for make in HASH.values():
+        make(b"warm up")
+    for line in sys.stdin:
+        print(json.dumps(hash_for(**json.loads(line))), flush=True)
+
+
+def smtp(port, count):
+    mail = sys.stdin.buffer.read()
+    with smtplib.SMTP("127.0.0.1", port) as session:
+        for _ in range(count):
+            session.sendmail("registration@example.com", ["ann@example.com"], mail)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "hash":
+        hash_when_told()
+    else:
+        smtp(*map(int, sys.argv[2:]))

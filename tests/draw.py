@@ -1,26 +1,26 @@
-"""docs/load.svg, by hand: goodput and p99 as the offered load grows.
+"""docs/load.svg, by hand: goodput and p99 as the offered load grows, through the edge.
 
-Two panels above each other share the horizontal axis, in multiples of the capacity, on
-a logarithmic scale. The colours are read on white and on dark pages; no background.
+Two panels, one above the other, share the horizontal axis, in multiples of the capacity
+on a logarithmic scale. The colours can be read on white and on dark pages, so there is
+no background.
 """
 
 import math
 
 WIDTH, HEIGHT = 760, 520
 LEFT, RIGHT = 70, 740               # the panels' edges
-GOOD, ACCEPTED, SHED, GREY = "#2a9d5c", "#3b82d0", "#d9782d", "#808890"
+GOOD, ACCEPTED, REFUSED, GREY = "#2a9d5c", "#3b82d0", "#d9782d", "#808890"
 X_TICKS = 0.1, 0.2, 0.5, 1, 2, 5, 12
 Y_TICKS = 0.01, 0.03, 0.1, 0.3, 1, 3   # seconds
 
 
 def load(points, capacity):
-    """points: (offered a second, good a second, p99 of accepted, p99 of shed)."""
+    """points: (load, accepted a second, p99 of those, p99 of refused ones or 0)."""
     first, last = X_TICKS[0], X_TICKS[-1]
     top = capacity * 1.25
 
-    def x(offered):
-        return LEFT + (RIGHT - LEFT) * math.log(offered / capacity / first) / math.log(
-            last / first)
+    def x(load):
+        return LEFT + (RIGHT - LEFT) * math.log(load / first) / math.log(last / first)
 
     def y_good(rate):
         return 240 - 190 * rate / top
@@ -30,14 +30,15 @@ def load(points, capacity):
         return 470 - 160 * math.log(seconds / Y_TICKS[0]) / math.log(
             Y_TICKS[-1] / Y_TICKS[0])
 
-    parts = [text(LEFT, 30, "Goodput: registrations accepted a second", weight="bold"),
+    parts = [text(LEFT, 30, "Registrations accepted a second", weight="bold"),
              text(LEFT, 290, "p99 of the answers", weight="bold")]
     for tick in X_TICKS:
-        at = x(tick * capacity)
+        at = x(tick)
         parts += [line(at, 50, at, 240), line(at, 310, at, 470),
                   text(at, 490, f"{tick:g}×", anchor="middle")]
-    parts.append(text((LEFT + RIGHT) / 2, 512, "offered load, in multiples of the "
-                      f"capacity of {capacity:.0f} registrations/s", anchor="middle"))
+    parts.append(text((LEFT + RIGHT) / 2, 512, "offered load through the edge, in "
+                      f"multiples of the capacity of {capacity:.0f} registrations/s",
+                      anchor="middle"))
     step = 10 ** math.floor(math.log10(top / 2))
     step *= 2 if top / step > 7 else 1
     for rate in range(0, int(top) + 1, max(1, int(step))):
@@ -48,16 +49,15 @@ def load(points, capacity):
         parts += [line(LEFT, y_seconds(seconds), RIGHT, y_seconds(seconds)),
                   text(LEFT - 8, y_seconds(seconds) + 4, label, anchor="end")]
 
-    ideal = [(x(each), y_good(min(each, capacity))) for each in (
-        first * capacity, *(capacity * 2 ** (n / 8 - 3) for n in range(25)),
-        last * capacity)]
+    ideal = [(x(each), y_good(min(each, 1) * capacity)) for each in (
+        first, *(2 ** (n / 8 - 3) for n in range(25)), last)]
     parts.append(curve(ideal, GREY, dashed=True))
     parts.append(curve([(x(p[0]), y_good(p[1])) for p in points], GOOD))
     parts.append(curve([(x(p[0]), y_seconds(p[2])) for p in points], ACCEPTED))
-    shed = [(x(p[0]), y_seconds(p[3])) for p in points if p[3] is not None]
-    parts.append(curve(shed, SHED))
+    refused = [(x(p[0]), y_seconds(p[3])) for p in points if p[3]]
+    parts.append(curve(refused, REFUSED))
     parts += legend(270, 290, ACCEPTED, "accepted (202)")
-    parts += legend(420, 290, SHED, "shed (503, Retry-After)")
+    parts += legend(420, 290, REFUSED, "refused (503, Retry-After)")
     parts += legend(420, 30, GREY, "ideal: all, up to the capacity", dashed=True)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '

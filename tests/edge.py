@@ -1,4 +1,4 @@
-"""The nginx of docker-compose.yml, as it is configured there, in front of local APIs."""
+"""The nginx of docker-compose.yml, as it is configured there, before local APIs."""
 
 import os
 from pathlib import Path

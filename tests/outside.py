@@ -1,12 +1,14 @@
-"""The world outside, for bench.py: callers and the mail server that gets their mails.
+"""The world outside, for bench.py: the callers and the mail server for their mails.
 
 One process, one thread, epoll and prepared bytes, so that it costs next to nothing, and
-one clock for an answer and for the mail it announced. Takes commands from stdin and
-gives results to stdout, a line of JSON each; first of all it prints its SMTP port.
+one clock for an answer and for the mail that it announced. It takes commands from stdin
+and gives results to stdout, a line of JSON each; before all it prints its SMTP port.
 
     {"do": "closed", "what": "register", "port": 8000, "clients": 8, "seconds": 10}
 
-Each request has a connection of its own, as behind nginx with its defaults.
+Each request has a connection of its own, as behind nginx with its defaults. Nothing
+here blocks, not even to connect: where the API's accept queue is full, one caller waits
+for its place while all the others go on. Latencies count from the first SYN.
 """
 
 import base64
@@ -15,12 +17,14 @@ import itertools
 import json
 import random
 import re
+import resource
 import secrets
 import select
 import socket
 import sys
 import time
 from collections import defaultdict, deque
+from contextlib import suppress
 
 PASSWORD = "correct horse battery"
 WARM_UP = 0.5       # seconds that are not counted, until the callers are out of step
@@ -32,10 +36,12 @@ number = itertools.count()
 run = secrets.token_hex(3)
 
 
-def watch(sock, function):
+def watch(sock, function, event=select.EPOLLIN):
+    """Call the function when there is something to read; EPOLLOUT: room to write."""
     sock.setblocking(False)
+    known = sock.fileno() in on_event
     on_event[sock.fileno()] = function
-    poll.register(sock, select.EPOLLIN)
+    (poll.modify if known else poll.register)(sock, event)
 
 
 def close(sock):
@@ -159,27 +165,36 @@ def cheap():
 
 
 class Phase:
-    """The answers of a command: (status, seconds), and when mails were announced."""
+    """What a command learns: answers, their latencies, and what mails they announced.
 
-    def __init__(self, what, port, seconds):
-        self.make, self.port = globals()[what], port
+    The window opens after WARM_UP. Answers count if they come in it, latencies if their
+    request was made in it, so that the slowest ones are not cut off at its end.
+    """
+
+    def __init__(self, what, port, seconds, count=float("inf")):
+        self.make, self.port, self.left = globals()[what], port, count
         self.begin = time.monotonic()
         self.end = self.begin + WARM_UP + seconds
         self.seconds, self.cpu = seconds, time.process_time()
-        self.answers = defaultdict(list)   # status: latencies of those in the window
-        self.all = defaultdict(int)        # status: of all
-        self.accepted = {}                 # address: when its 202 came
+        self.answers = defaultdict(int)     # status: how many in the window
+        self.latencies = defaultdict(list)  # status: seconds
+        self.all = defaultdict(int)         # status: how many ever
+        self.accepted = {}                  # address: when its 202 came
         self.under_way = 0
 
     def ask(self, then):
-        """One request, then then(status, answer). False: there is none to make."""
-        if not (made := self.make()):
+        """One request, and then() after its answer. False: there is none to make."""
+        if not self.left or not (made := self.make()):
             return False
+        self.left -= 1
         email, content = made
-        sock = socket.create_connection(("127.0.0.1", self.port), 10)
-        sock.sendall(content)
-        began, chunks = time.monotonic(), []
+        sock, chunks, began = socket.socket(), [], time.monotonic()
         self.under_way += 1
+
+        def write():
+            with suppress(OSError):     # refused; read() finds nothing and says so
+                sock.send(content)
+            watch(sock, read)
 
         def read():
             try:
@@ -191,43 +206,39 @@ class Phase:
             now = time.monotonic()
             close(sock)
             self.under_way -= 1
-            answer = b"".join(chunks)
-            status = answer[9:12].decode() or "none"
+            status = b"".join(chunks)[9:12].decode() or "none"
             self.all[status] += 1
-            if self.begin + WARM_UP <= now < self.end:
-                self.answers[status].append(now - began)
+            self.answers[status] += self.in_window(now)
+            if self.in_window(began):
+                self.latencies[status].append(now - began)
             if status == "202":
                 self.accepted[email] = now
                 accepted.add(email)
-            then(status, answer)
+            then()
 
-        watch(sock, read)
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", self.port))   # EINPROGRESS
+        watch(sock, write, select.EPOLLOUT)
         return True
 
-    def loop(self, patient):
-        """A caller who asks again as soon as it is answered; if patient, after a 503 or
-        429 as late as Retry-After says."""
-        def then(status, answer):
-            if time.monotonic() >= self.end:
-                return
-            after = re.search(rb"(?i)retry-after: ([0-9]+)", answer)
-            if patient and after:
-                at(time.monotonic() + int(after[1]), again)
-            else:
-                again()
+    def in_window(self, instant):
+        return self.begin + WARM_UP <= instant < self.end
 
-        def again():
-            if time.monotonic() < self.end and not self.ask(then):
-                self.end = min(self.end, time.monotonic())   # no codes are left
+    def loop(self):
+        """A caller who asks again as soon as it is answered."""
+        if time.monotonic() < self.end and not self.ask(self.loop):
+            self.end = min(self.end, time.monotonic())
 
-        again()
+    def arrive(self, rate, due):
+        """Callers who come whether or not the ones before have been answered.
 
-    def arrive(self, rate):
-        """Callers who come whether or not the ones before have been answered."""
-        self.ask(lambda status, answer: None)
-        following = time.monotonic() + random.expovariate(rate)
+        Each is due a random time after the one before was due, not after it really
+        came: epoll wakes up late by up to a millisecond, and that must not add up.
+        """
+        self.ask(lambda: None)
+        following = due + random.expovariate(rate)
         if following < self.end:
-            at(following, lambda: self.arrive(rate))
+            at(following, lambda: self.arrive(rate, following))
 
     def result(self, wait_for_mails):
         work(lambda: time.monotonic() >= self.end and not self.under_way,
@@ -236,23 +247,27 @@ class Phase:
             work(lambda: self.accepted.keys() <= mails.keys(),
                  time.monotonic() + PATIENCE)
         return {"seconds": self.end - self.begin - WARM_UP, "answers": self.answers,
-                "all": self.all, "cpu": time.process_time() - self.cpu,
+                "latencies": self.latencies, "all": self.all,
+                "cpu": time.process_time() - self.cpu,
+                "unanswered": self.under_way,
                 "lost": sum(email not in mails for email in self.accepted)}
 
 
 # -- The commands ----------------------------------------------------------------------
 
 
-def closed(what, port, clients, seconds, patient=False, wait_for_mails=True):
-    phase = Phase(what, port, seconds)
+def closed(what, port, clients, **bounds):
+    """So many callers, each of whom waits for its answer."""
+    phase = Phase(what, port, **bounds)
     for _ in range(clients):
-        phase.loop(patient)
-    return phase.result(wait_for_mails and what == "register")
+        phase.loop()
+    return phase.result(what == "register")
 
 
 def opened(what, port, rate, seconds):
+    """So many arrivals a second, whatever becomes of them."""
     phase = Phase(what, port, seconds)
-    phase.arrive(rate)
+    phase.arrive(rate, phase.begin)
     return phase.result(what == "register")
 
 
@@ -262,12 +277,12 @@ def each(port, count, what="register"):
     for _ in range(count):
         phase = Phase(what, port, 60)
         phase.begin -= WARM_UP
-        phase.ask(lambda status, answer: None)
+        phase.ask(lambda: None)
         work(lambda: not phase.under_way, time.monotonic() + PATIENCE)
         for email, instant in phase.accepted.items():
             work(lambda: email in mails, time.monotonic() + PATIENCE)
             delays.append(mails[email] - instant)
-        latencies += itertools.chain(*phase.answers.values())
+        latencies += itertools.chain(*phase.latencies.values())
     return {"latencies": latencies, "delays": delays}
 
 
@@ -281,6 +296,8 @@ def count_mails(count):
 
 
 def serve():
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = socket.create_server(("127.0.0.1", 0))
     watch(listener, lambda: Session(listener.accept()[0]))
     print(listener.getsockname()[1], flush=True)

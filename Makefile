@@ -3,7 +3,7 @@
 help:
 	@echo "make run     everything on this machine until Ctrl-C, data in .local/"
 	@echo "make test    the tests, with servers of their own"
-	@echo "make bench   how fast it is, ten minutes; nothing else should be running"
+	@echo "make bench   how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos   ten minutes of load while servers and processes are killed"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock   whether the time of an answer tells who is registered"

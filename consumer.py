@@ -122,7 +122,7 @@ def build(job, message_id):
     text = text.format(
         **job, issued=issued, lifetime=job["expires_at"] - job["issued_at"])
     paragraphs = html.escape(text).replace("\n\n", "</p>\n<p>")
-    mail = MIMEMultipart("alternative", _subparts=[
+    mail = MIMEMultipart("alternative", boundary=message_id, _subparts=[
         MIMEText(text), MIMEText(f"<p>{paragraphs}</p>", "html")])
     mail["From"], mail["To"] = formataddr((NAME, SENDER)), job["email"]
     mail["Subject"], mail["Date"] = subject, formatdate()

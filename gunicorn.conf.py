@@ -1,5 +1,6 @@
 """A bare `gunicorn service:app` is the production set-up."""
 
+import gc
 import json
 import logging
 import os
@@ -26,6 +27,12 @@ timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
 control_socket_disable = True    # nobody uses it, and it is a file to write
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # heartbeat files
+
+
+def when_ready(server):
+    """Keep the garbage collector off what was loaded before the fork, or its marks would
+    copy that memory into each worker."""
+    gc.freeze()
 
 
 class Logfmt(logging.Formatter):

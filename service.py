@@ -126,8 +126,8 @@ def register():
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    # psycopg2 sends BEGIN here, also in autocommit mode, and COMMIT at the end. After an
-    # exception it sends ROLLBACK.
+    # Even in autocommit mode, psycopg2 sends BEGIN here and COMMIT at the end. After an
+    # exception, it sends ROLLBACK.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)

@@ -51,10 +51,13 @@ def setting(name, default=None, pattern=".+"):
     return text
 
 
-ADDRESS = "[!-~]+@[!-~]+"       # ASCII, no spaces
+ADDRESS = "[!-~]+@[!-~]+"   # ASCII, no spaces
+# user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
+SERVER = r"((%[0-9A-Fa-f]{2}|[^%/?#@;])*@)?(\[[^]]+\]|[^][%:/?#@;,]*)(:[0-9]+)?"
+AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
 
 load_dotenv()
-BROKER_URL = setting("BROKER_URL", None, "amqps?://.+")
+BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
 SMTP_HOST = setting("SMTP_HOST", "localhost")
 SMTP_PORT = int(setting("SMTP_PORT", "1025", "[1-9][0-9]{0,4}"))
 SMTP_USERNAME = setting("SMTP_USERNAME", "", ".*")
@@ -84,7 +87,7 @@ DEAD_QUEUE = Queue("mail.dead", queue_arguments={
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
-    "x-delivery-limit": 1_000_000,          # a job ends by its deadline instead
+    "x-delivery-limit": 1_000_000,          # not 20: what ends a job is its deadline
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The three mails -------------------------------------------------------------------

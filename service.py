@@ -63,9 +63,14 @@ def setting(name, default=None, pattern=".+"):
 
 
 NUMBER = "[0-9]{1,9}"
+# user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
+SERVER = r"((%[0-9A-Fa-f]{2}|[^%/?#@;])*@)?(\[[^]]+\]|[^][%:/?#@;,]*)(:[0-9]+)?"
+AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
+
 load_dotenv()
-DATABASE_URL = setting("DATABASE_URL", None, "postgres(ql)?://.+")
-BROKER_URL = setting("BROKER_URL", None, "amqps?://.+")
+DATABASE_URL = setting("DATABASE_URL", None,
+                       f"postgres(ql)?://{SERVER}(,{SERVER})*([/?].+)?")
+BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
 SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
 CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))   # seconds
 CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))
@@ -359,16 +364,21 @@ def connect():
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
     session.autocommit = True   # a statement outside of `with db:` commits by itself
     # PostgreSQL itself gives up a little sooner than wait_for_database(), so that no
-    # statement goes on, and keeps its locks, when nobody waits for it any more.
-    session.cursor().execute(
-        "SET statement_timeout = %s; SET idle_in_transaction_session_timeout = %s",
-        [f"{900 * TIMEOUT}ms", f"{3 * TIMEOUT}s"])
+    # statement goes on, and keeps its locks, when nobody waits for it any more. Each of
+    # our statements goes by an index, also while a table is too new for statistics.
+    session.cursor().execute("""
+        SET statement_timeout = '900ms';
+        SET idle_in_transaction_session_timeout = '3s';
+        SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off
+        """)
     db = session   # last: it says that both are open
 
 
 def disconnect():
-    """Drop both connections. A proper close() would wait for a server that stalls."""
+    """Close both connections, without kombu's close(): it would wait for the broker."""
     global db, producer
+    if db:
+        db.close()
     db = producer = None
     broker.collect()
 
@@ -499,6 +509,7 @@ def delete_users(start):
                SELECT email
                  FROM users
                 WHERE activated_at IS NULL
+                  AND expires_at < now()
                   AND registered_at BETWEEN %(start)s AND now() - interval '1 day'
                 ORDER BY registered_at
                 LIMIT 300

@@ -4,12 +4,17 @@ import base64
 import http.client
 import json
 import re
+import resource
 import socket
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
+
+from servers import tree
 
 PASSWORD = "correct horse battery"
 REGISTER, ACTIVATE = "/users/register", "/users/activate"
@@ -70,11 +75,12 @@ def basic(email, password):
 
 
 def problem_in(answer):
-    """The last word of an error's type, once its problem details proved to be whole."""
+    """The status of an error. Fails unless its problem details are complete."""
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.json["status"] == answer.status
     assert answer.json["title"] and answer.json["detail"]
-    return answer.json["type"].rpartition(":")[2]
+    assert "type" not in answer.json     # RFC 9457: then it is about:blank
+    return answer.status
 
 
 def shown(answer):
@@ -141,3 +147,21 @@ def activated(service):
     assert activate(service, email, code).status == 200
     mailed_to(service, email, 2)
     return email
+
+
+def workers_of(api):
+    """The process ids of an API's workers."""
+    return tree(api.process.pid)[1:]
+
+
+@contextmanager
+def little_memory_for(process):
+    """It gets 8 MiB more than it has: too little for Argon2's 12."""
+    status = Path(f"/proc/{process}/status").read_text()
+    size = 1024 * int(re.search(r"VmSize:\s+(\d+)", status)[1])
+    _, hard = limits = resource.prlimit(process, resource.RLIMIT_AS)
+    resource.prlimit(process, resource.RLIMIT_AS, (size + (8 << 20), hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_AS, limits)

@@ -18,7 +18,9 @@ ack deletes it from the queue, reject moves it to mail.dead.
     retry         any other trouble: connection, login, 4xx, or
                   5xx for the sender: tried again in seconds       not yet
 
-A job whose deadline passes in the queue is moved to mail.dead by the broker itself.
+A job whose deadline passes in the queue, without a consumer, is moved to mail.dead by
+the broker. If the consumer dies before the ack, or the mail server's answer is lost, a
+mail may be sent twice, with the same Message-ID.
 """
 
 import html
@@ -70,7 +72,7 @@ LOG_LEVEL = setting(
 
 NAME, SENDER = parseaddr(MAIL_FROM)
 SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute to reply 250
-HEARTBEAT = 60        # seconds; RabbitMQ closes a connection that is silent for two
+HEARTBEAT = 60        # seconds; RabbitMQ closes a connection that misses two
 RETRY_DELAY = 3       # seconds until a job is tried again
 PREFETCH = 1000       # unsettled jobs, including those that wait for a retry
 logging.Formatter.converter = time.gmtime
@@ -86,8 +88,8 @@ DEAD_QUEUE = Queue("mail.dead", queue_arguments={
     "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
-    "x-delivery-limit": 1_000_000,          # not 20: what ends a job is its deadline
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
+    "x-delivery-limit": 1_000_000,          # the default is 20; a deadline ends a job
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The three mails -------------------------------------------------------------------
@@ -137,13 +139,13 @@ def build(job, message_id):
 # -- One job ---------------------------------------------------------------------------
 
 retries = deque()               # (when, message), not settled yet
-sent = deque(maxlen=PREFETCH)   # ids of the last mails: so many acks can get lost
+sent = deque(maxlen=PREFETCH)   # ids of the last mails: no more acks can get lost
 stopping = False                # set by a signal
 
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # otherwise, the broker delivers it to another consumer
+    if not stopping:   # otherwise, the broker delivers it again, to another consumer
         outcome, error = process(message)
         settle(message, outcome, error)
 
@@ -260,15 +262,16 @@ def stop(number, frame):
 def consume(connection):
     """Take jobs until a signal comes or the connection breaks.
 
-    Not with kombu's ConsumerMixin: it does not end while the broker is down, and it
-    sends one more mail after SIGTERM.
+    kombu's ConsumerMixin would not end while the broker is down, and it would send one
+    more mail after SIGTERM.
     """
     channel = connection.default_channel
-    DEAD_QUEUE.declare(channel=channel)
+    DEAD_QUEUE.declare(channel=channel)   # Consumer declares the other one
     retries.clear()   # the broker delivers them again
     consumer = Consumer(
         channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
-        # For what kombu cannot decode. It would raise, and the job would come back.
+        # A job that kombu cannot decompress does not reach on_message. Without this,
+        # kombu would raise, and the job would come back again and again.
         on_decode_error=lambda message, error: settle(message, "unreadable", error),
         prefetch_count=PREFETCH)
     consumer.consume()

@@ -21,7 +21,7 @@ if not re.fullmatch("[1-9][0-9]{0,3}", WEB_CONCURRENCY):
 
 # Sync workers: each handles one request at a time. While some wait, others hash.
 workers = int(WEB_CONCURRENCY)
-backlog = 128 * os.cpu_count()   # two seconds of hashing may queue in the kernel
+backlog = 128 * os.cpu_count()   # two seconds of work may queue in the kernel
 preload_app = True               # a wrong setting stops the start; memory is shared
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
@@ -30,8 +30,8 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # heartbeat
 
 
 def when_ready(server):
-    """Keep the garbage collector off what was loaded before the fork, or its marks would
-    copy that memory into each worker."""
+    """The garbage collector would write to what was loaded before the fork, and so copy
+    it into each worker."""
     gc.freeze()
 
 
@@ -43,7 +43,7 @@ class Logfmt(logging.Formatter):
     def format(self, record):
         event = record.getMessage()
         if not event.startswith("event="):
-            # gunicorn quotes what it cannot parse, maybe an Authorization header.
+            # After "from ip=", gunicorn quotes what it cannot parse, maybe a password.
             message = json.dumps(event.partition(" from ip=")[0])
             event = f"event={record.name.partition('.')[0]} message={message}"
         if record.exc_info:

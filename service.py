@@ -9,14 +9,16 @@ Run:    gunicorn service:app    sync workers: each handles one request at a time
 Read:   settings, topology, endpoints, errors, then the steps of the endpoints
 Words:  waiting   registered, but its code has not been sent back yet
         job       the message that asks the consumer to send one mail
-        confirm   RabbitMQ's answer to a publish: it has the job on disk
+        notice    the mail to the owner of an active account that is registered again
+        confirm   RabbitMQ's answer that it has a job on disk
 
-Registering publishes the code before COMMIT: without the confirm, nothing is committed.
-If COMMIT then fails, or the worker dies before it, a mail with a useless code goes out,
-and the caller, who got no 202, tries again.
+Registering publishes the code before COMMIT. Without the confirm, it commits nothing.
+If the confirm is lost, COMMIT fails or the worker dies in between, a mail may go out
+whose code does not work. The caller, who got no 202, tries again.
 
-Activating publishes after COMMIT, because the mail must be true. If the broker fails or
-the worker dies in between, the account is active, and its owner gets no confirmation.
+Activating publishes after COMMIT: a mail must not announce what may still fail. If the
+broker fails or the worker dies in between, the account is active, and its owner gets no
+confirmation. If the broker is down beforehand, activating answers 503 and does nothing.
 """
 
 import errno
@@ -70,23 +72,23 @@ AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
 load_dotenv()
 DATABASE_URL = setting("DATABASE_URL", None,
                        f"postgres(ql)?://{SERVER}(,{SERVER})*([/?].+)?")
-BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
+BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")   # one or several hosts
 SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
-CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))   # seconds
-CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))
-# Requests per address, and per client and endpoint. NIST SP 800-63B allows 100 wrong
-# passwords.
-EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", NUMBER))
-EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", NUMBER))
-ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", NUMBER))
-IP_LIMIT = int(setting("IP_LIMIT", "60", NUMBER))
+CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))    # seconds
+CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))     # wrong codes
+# Requests for an address in an hour or a day, and of a client per endpoint.
+EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", NUMBER))          # register
+EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", NUMBER))           # register
+ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", NUMBER))  # activate
+IP_LIMIT = int(setting("IP_LIMIT", "60", NUMBER))                         # in IP_WINDOW
 TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))   # in front of gunicorn
 
 MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
-NOTICE_LIFETIME = 900     # seconds in which a notice or a confirmation is worth mailing
+NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
-# Seconds. A client that repeats a 503 no sooner does not reach IP_LIMIT by repeating.
+# Seconds, sent with each 503. A 503 counts for the client. At this pace, trying again
+# does not exceed IP_LIMIT.
 RETRY_AFTER = math.ceil(IP_WINDOW / max(1, IP_LIMIT))
 
 # -- Topology: consumer.py has the same lines ------------------------------------------
@@ -97,8 +99,8 @@ DEAD_QUEUE = Queue("mail.dead", queue_arguments={
     "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack, so a 503
-    "x-delivery-limit": 1_000_000,          # not 20: what ends a job is its deadline
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
+    "x-delivery-limit": 1_000_000,          # the default is 20; a deadline ends a job
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The app and its endpoints ---------------------------------------------------------
@@ -121,7 +123,7 @@ def register():
     400  not JSON      413  over 4 KiB      415  not application/json
     422  a field is missing or not acceptable: see errors
     429  too many requests from this client or for this address
-    503  the database or the broker is unavailable: try again
+    503  the database or the broker is unavailable, or there is no memory: try again
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if is_address(password, email):
@@ -132,7 +134,7 @@ def register():
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
     # Even in autocommit mode, psycopg2 sends BEGIN here and COMMIT at the end. After an
-    # exception, it sends ROLLBACK.
+    # exception it sends ROLLBACK, which takes back what was counted for the address.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
@@ -156,7 +158,7 @@ def activate():
     409  the credentials are right and the account is already active
     422  not four digits: see errors; or the code is wrong, expired, superseded, used up
     429  too many requests from this client or for this address
-    503  the database or the broker is unavailable: try again
+    503  as above: try again; a 409 then means that the first request activated it
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
@@ -192,14 +194,14 @@ def openapi():
     return send_file("openapi.yaml", mimetype="application/yaml")
 
 
-# -- Every error leaves here, as problem details (RFC 9457) ----------------------------
+# -- Every error of the app leaves here, as problem details (RFC 9457) -----------------
 
 
 @app.errorhandler(HTTPException)
 def problem(error):
-    """The HTTPException as problem+json. If its description is a list, it is errors."""
+    """The HTTPException as problem+json. A list as its description becomes errors."""
     if error.code >= 500:
-        disconnect()   # their state is unknown, so the next request opens new ones
+        disconnect()   # the state of the connections is unknown
     body = {"title": error.name, "status": error.code, "detail": error.description}
     if isinstance(error.description, list):
         body["detail"] = "Some fields are not acceptable."
@@ -214,7 +216,7 @@ def problem(error):
 
 @app.before_request
 def begin():
-    """Record the start time, for the log and for outage()."""
+    """Record the start time, for the log and for log_outage()."""
     g.began = time.monotonic()
 
 
@@ -251,7 +253,8 @@ def read_fields(**checks):
             abort(413)
         body = json.loads(content.decode(), object_pairs_hook=unique_keys,
                           parse_constant=no_constant)
-    except (ValueError, RecursionError, ParseException) as error:   # gunicorn's: chunks
+    except (ValueError, RecursionError, ParseException) as error:
+        # gunicorn raises ParseException for a malformed chunk.
         abort(400, f"The body cannot be read as JSON: {error}")
     values, errors = [], []
     for field, check in checks.items():
@@ -331,30 +334,31 @@ def client():
         address = getattr(address, "ipv4_mapped", None) or address
         prefix = 64 if address.version == 6 else 32
         return str(ipaddress.ip_network((address.packed, prefix), strict=False))
-    return "unknown"   # the proxy sent no address: such clients share one limit
+    return "unknown"   # what the proxy sent is no address: such clients share a limit
 
 
 # -- The worker's two connections ------------------------------------------------------
 
 db = producer = None             # connect() opens both, disconnect() drops both
-stalled, stalled_until = "", 0   # see outage(); on the clock of time.monotonic()
+# After a server has made it wait in vain, this worker refuses requests until then.
+stalled_server, refuse_until = "", 0   # the latter on the clock of time.monotonic()
 broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
     "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
 
 
 def connect():
-    """Open both connections unless they are open and not broken; 503 during a stall."""
+    """Open both connections if one is missing or broken. 503 just after a stall."""
     global db, producer
-    if time.monotonic() < stalled_until:
-        raise unavailable(stalled)
+    if time.monotonic() < refuse_until:
+        raise unavailable(stalled_server)
     if db:
-        # A server sends nothing while we are idle, except when it closes the connection
-        # or, in the case of RabbitMQ, when it raises an alarm.
+        # An idle server sends nothing, unless it closes the connection. RabbitMQ also
+        # announces alarms. If there is anything to read, reconnect.
         unusable, _, _ = select.select([db, broker.connection.sock], [], [], 0)
         if not unusable:
             return
     disconnect()
-    other_hosts = BROKER_URL.count(";")   # kombu tries each host once
+    other_hosts = BROKER_URL.count(";")   # kombu counts the tries after the first
     broker.ensure_connection(
         max_retries=other_hosts, interval_start=0, interval_step=0)
     channel = broker.default_channel
@@ -363,9 +367,10 @@ def connect():
     producer = Producer(channel)
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
     session.autocommit = True   # a statement outside of `with db:` commits by itself
-    # PostgreSQL itself gives up a little sooner than wait_for_database(), so that no
-    # statement goes on, and keeps its locks, when nobody waits for it any more. Each of
-    # our statements goes by an index, also while a table is too new for statistics.
+    # PostgreSQL gives up a little sooner than wait_for_database(). Otherwise, a
+    # statement for which nobody waits would keep its locks. While publish() waits, a
+    # transaction idles for up to 2 seconds. Each statement has an index: the planner is
+    # to use it even before it has statistics.
     session.cursor().execute("""
         SET statement_timeout = '900ms';
         SET idle_in_transaction_session_timeout = '3s';
@@ -399,36 +404,39 @@ BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # OSError: socke
 FAILURES = psycopg2.Error, *BROKER_ERRORS, CryptoError   # CryptoError: no memory
 
 
-def outage(error):
-    """Log which server failed and why, and return the 503 for the caller.
+def log_outage(error):
+    """Log which server failed and why. Return the server's name.
 
     Nothing is tried again here: a statement without an answer may have taken effect.
 
-    A request that took a second has waited for a server in vain. Its worker refuses the
-    next ones for a second. Otherwise, each one in the queue would wait its second, too.
+    If the request took a second, it has waited in vain. Its worker refuses the next
+    ones for a second. Otherwise, each one in the queue would wait its second, too.
     """
-    global stalled, stalled_until
+    global stalled_server, refuse_until
+    # If the connection breaks inside `with db:`, its ROLLBACK raises InterfaceError.
+    # What broke it is the cause.
     cause = error.__context__
     if isinstance(error, psycopg2.InterfaceError) and isinstance(cause, FAILURES):
-        error = cause   # it broke the connection, and then `with db:` had no ROLLBACK
+        error = cause
     server = ("database" if isinstance(error, psycopg2.Error) else
               "broker" if isinstance(error, BROKER_ERRORS) else "service")
     if time.monotonic() - g.began >= TIMEOUT:
-        stalled, stalled_until = server, time.monotonic() + TIMEOUT
+        stalled_server, refuse_until = server, time.monotonic() + TIMEOUT
     reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
     app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
                        type(error).__name__, reason, g.get("job", "-"))
-    return unavailable(server)
+    return server
 
 
 def unavailable(server):
-    """A 503 that names the server that has failed."""
+    """A 503 that names the server."""
     return ServiceUnavailable(f"The {server} is temporarily unavailable.",
                               retry_after=RETRY_AFTER)
 
 
 for kind in FAILURES:
-    app.register_error_handler(kind, lambda error: problem(outage(error)))
+    app.register_error_handler(
+        kind, lambda error: problem(unavailable(log_outage(error))))
 
 # -- Passwords and codes ---------------------------------------------------------------
 
@@ -468,25 +476,27 @@ def execute(statement, **values):
     return cursor
 
 
+# How far this worker has deleted. While a backup holds an old snapshot, deleted rows
+# stay in the index. Starting at its beginning would take longer each time.
+limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
+
+
 def tidy():
-    """In one of 30 requests, delete up to 300 expired rows of each table.
+    """In one of 30 requests, delete up to 300 expired limits, or abandoned users.
 
-    That is more than 30 requests add, so no cron job is needed. Each worker continues
-    where it stopped: while a backup holds an old snapshot, deleted rows stay in the
-    index, and passing over all of them would take longer each time.
+    That is more than 30 requests add, so no cron job is needed.
     """
-    global limits_tidied_to, users_tidied_to
-    if secrets.randbelow(30) == 0:
-        with suppress(QueryCanceled):   # a new worker's first time during such a backup
-            limits_tidied_to = delete_limits(limits_tidied_to)
-            users_tidied_to = delete_users(users_tidied_to)
-
-
-limits_tidied_to = users_tidied_to = "epoch"   # 1970, in PostgreSQL
+    global limits_deleted_to, users_deleted_to
+    # A worker that starts during a backup may time out here until the backup ends.
+    with suppress(QueryCanceled):
+        if secrets.randbelow(30) == 0:
+            limits_deleted_to = delete_limits(limits_deleted_to)
+        elif secrets.randbelow(30) == 0:
+            users_deleted_to = delete_users(users_deleted_to)
 
 
 def delete_limits(start):
-    """Delete windows that are over, from start on; where it stopped."""
+    """Delete windows that are over, from start on. Return the end of the last one."""
     deleted = execute("""
         DELETE FROM limits
          WHERE (name, subject) IN (
@@ -502,7 +512,7 @@ def delete_limits(start):
 
 
 def delete_users(start):
-    """Delete accounts that have been waiting for a day, from start on; likewise."""
+    """Delete accounts that have waited for a day, likewise."""
     deleted = execute("""
         DELETE FROM users
          WHERE email IN (
@@ -539,7 +549,7 @@ def count_request(name, subject, allowed, seconds):
 
 
 def upsert_waiting(email, password_hash, code_digest):
-    """Write password and code together. The row, or None if the account is active."""
+    """Write password and code together. Return None if the account is active."""
     return execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
@@ -548,7 +558,7 @@ def upsert_waiting(email, password_hash, code_digest):
            SET password_hash = excluded.password_hash,
                code_digest   = excluded.code_digest,
                expires_at    = excluded.expires_at,
-               registered_at = excluded.registered_at,
+               registered_at = now(),
                attempts      = 0
          WHERE old.activated_at IS NULL
         RETURNING extract(epoch FROM registered_at)::float AS issued_at
@@ -592,9 +602,9 @@ def spend_attempt(account, code_digest):
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    issued_at is in seconds since 1970. A lifetime in seconds later, the consumer sends
-    the mail no more, and the broker moves the job to mail.dead. Mandatory: without its
-    queue, a job is an error and not silently lost.
+    issued_at is in seconds since 1970, lifetime in seconds. After it, the consumer
+    drops the job; the broker moves it to mail.dead if it is still in the queue.
+    Mandatory: if the queue is missing, publishing fails instead of losing the job.
     """
     g.job = secrets.token_hex(16)
     producer.publish(
@@ -609,5 +619,5 @@ def mail_confirmation(email):
     try:
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)
     except BROKER_ERRORS as error:
-        outage(error)
+        log_outage(error)
         disconnect()

@@ -3,6 +3,7 @@
     kept         2xx, and there is what it promised
     refused      4xx or 503, and nothing changed
     outlived     202, but outages outlasted the code before it could be mailed
+    unconfirmed  200 and active, but the confirmation is missing: the API's log names it
     unknown      no answer, or COMMIT happened and its answer was lost: see repeat()
     lost         2xx, and something is missing; or the right code was refused
     left behind  4xx or 503, and yet there is a change
@@ -16,21 +17,22 @@ import hmac
 import statistics
 from collections import Counter, defaultdict
 from contextlib import suppress
-from pathlib import Path
 
 import argon2
 import psycopg2
 import steps
+from jobs import DEAD, take_all
 from load import LIFETIME, PATIENCE, SETTINGS, Fault
+from logs import events
 from psycopg2.extras import NamedTupleCursor
 
 
-def account(load, faults, url, logs):
+def account(load, faults, database, broker, apis, consumers):
     """Prints the table and returns a line for each failure.
 
-    url: the database's; logs: the consumers', which name the jobs they let expire.
+    database, broker: their URLs; apis, consumers: the programs, whose logs are read.
     """
-    users = select_users(url)
+    users = select_users(database)
     requests = sorted(load.requests, key=lambda request: request.began)
     by_email, verdicts = defaultdict(list), defaultdict(list)
     for request in requests:
@@ -42,24 +44,51 @@ def account(load, faults, url, logs):
     print_table(requests, verdicts, load, faults)
 
     unknown, outlived = verdicts["unknown"], verdicts["outlived"]
+    expired, dead = expired_jobs(consumers, broker)
+    missing, unnamed = missing_confirmations(load, apis)
     unsafe = [request for request in unknown
               if not repeat(load, request, users.get(request.email))]
-    expired = {line.partition(" id=")[2].split()[0] for log in logs
-               for line in Path(log).read_text().splitlines() if "=expired " in line}
     print(f"unknown: {sum(request.status is None for request in unknown)} without an "
           f"answer, {sum(request.status == 503 for request in unknown)} with a 503 "
           f"though COMMIT happened; all repeated now, in vain: {len(unsafe)}")
-    print(f"outages outlasted {len(outlived)} codes; the consumers' logs have "
-          f"{len(expired)} jobs as expired")
+    print(f"outages outlasted {len(outlived)} codes; {len(expired)} jobs expired")
+    print(f"{len(verdicts['unconfirmed'])} activations without a confirmation; the "
+          f"APIs' logs name {len(missing - unnamed)}")
 
     slow = [request for request in requests
             if request.status and request.seconds > PATIENCE]
     failures = [f"{kind}: {request}" for kind, found in (
         *verdicts.items(), ("slow", slow), ("repeated in vain", unsafe))
-        if kind not in ("kept", "refused", "outlived", "unknown") for request in found]
+        if kind not in ("kept", "refused", "outlived", "unconfirmed", "unknown")
+        for request in found]
+    failures += [f"a confirmation is missing, and no log says so: {job}"
+                 for job in unnamed]
+    failures += [f"in the dead queue, but not because it expired: {job}" for job in dead]
+    if len(verdicts["unconfirmed"]) > len(missing):
+        failures.append("the APIs' logs do not have all activations")
     if len(outlived) > len(expired):
-        failures.append("the consumers' logs do not account for all outlived codes")
+        failures.append("more codes are outlived than jobs expired")
     return failures
+
+
+def expired_jobs(consumers, broker):
+    """Ids: of the jobs that expired in a consumer or in the queue, and of other dead."""
+    expired = {event["job"] for consumer in consumers
+               for event in events(consumer.log, event="job", outcome="expired")}
+    dead = {message.properties["message_id"]: message.headers["x-first-death-reason"]
+            for message in take_all(broker, DEAD)}
+    expired |= {job for job, reason in dead.items() if reason == "expired"}
+    return expired, dead.keys() - expired
+
+
+def missing_confirmations(load, apis):
+    """Ids: of activations' jobs that were not mailed; of those that no log names."""
+    activated = {event["job"] for api in apis for event in events(
+                 api.log, event="request", route="/users/activate", status="200")}
+    named = {event["job"] for api in apis for event in events(api.log, event="outage")}
+    mailed = {mail.id.strip("<>").partition("@")[0]
+              for mails in load.mails.values() for mail in mails}
+    return activated - mailed, activated - mailed - named
 
 
 def select_users(url):
@@ -89,7 +118,7 @@ def judge(request, user, siblings, load, faults):
         user.registered_at if request.action == "register" else user.activated_at)
     if request.status == 200:
         confirmed = mailed(load, request, "Your account is active")
-        return "kept" if changed and confirmed else "lost"
+        return "lost" if not changed else "kept" if confirmed else "unconfirmed"
     if changed:
         # Only a lost answer to COMMIT excuses it, and its mail was published before.
         in_commit = request.status == 503 and any(

@@ -5,6 +5,7 @@ Run:    make chaos                          about ten minutes
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
 something behind, an answer took over 5 seconds, or a process ended by itself.
+faults.py has the faults, load.py the callers, account.py the table.
 """
 
 import argparse
@@ -20,62 +21,32 @@ from types import SimpleNamespace
 import load
 import servers as start
 from account import account
+from faults import alarmed, cut_connections, cut_sessions, full, killed, paused
 from sink import Sink
 
 TOP = Path(__file__).parent.parent
 
 
-# -- Faults: each is done before the yield and undone after it -------------------------
+# -- Faults ----------------------------------------------------------------------------
 
 
 @contextmanager
-def killed(server):
-    server.kill()
+def at_once(action):
+    """A fault that is over as soon as it is done."""
+    action()
     yield
-    server.start()
-
-
-@contextmanager
-def stopped(server):
-    server.pause()
-    yield
-    server.resume()
-
-
-@contextmanager
-def worker_killed(api):
-    workers = start.tree(api.process.pid)[1:]
-    os.kill(random.choice(workers), 9)      # gunicorn's master starts another
-    yield
-
-
-@contextmanager
-def sessions_ended(postgres):
-    postgres.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                  "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()")
-    yield
-
-
-@contextmanager
-def connections_closed(rabbitmq):
-    rabbitmq.ctl("close_all_connections", "chaos")
-    yield
-
-
-@contextmanager
-def memory_alarm(rabbitmq):
-    rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
-    yield
-    rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
 
 
 @contextmanager
 def queue_full(rabbitmq, consumer):
-    """A policy lowers the limit of the queue's own arguments: the lower one counts."""
-    rabbitmq.ctl("set_policy", "full", "^mail$", '{"max-length": 3}')
-    with killed(consumer):     # what it has fetched would not count
+    """What a consumer has fetched would not count, so there is none."""
+    with full(rabbitmq, jobs=3), killed(consumer):
         yield
-    rabbitmq.ctl("clear_policy", "full")
+
+
+def kill_worker(api):
+    workers = start.tree(api.process.pid)[1:]
+    os.kill(random.choice(workers), 9)      # gunicorn's master starts another
 
 
 def faults(system):
@@ -84,23 +55,24 @@ def faults(system):
     api, consumer, longer = system.api, system.consumer, load.LIFETIME + 4
     return [
         ("consumer killed", False, lambda: killed(consumer), 0.2, 4),
-        ("gunicorn worker killed", False, lambda: worker_killed(api), 0, 0),
+        ("gunicorn worker killed", False, lambda: at_once(
+            lambda: kill_worker(api)), 0, 0),
         ("PostgreSQL killed", True, lambda: killed(postgres), 0.2, 4),
         ("RabbitMQ killed", False, lambda: killed(rabbitmq), 0.2, 2),
         ("mail server killed", False, lambda: killed(mail), 0.5, 6),
-        ("mail server killed, for long", False, lambda: killed(mail),
-         longer, longer),
-        ("database sessions ended", True, lambda: sessions_ended(postgres), 0, 0),
-        ("broker connections closed", False,
-         lambda: connections_closed(rabbitmq), 0, 0),
-        ("PostgreSQL stopped", True, lambda: stopped(postgres), 1, 6),
-        ("RabbitMQ stopped", False, lambda: stopped(rabbitmq), 1, 6),
-        ("memory alarm", False, lambda: memory_alarm(rabbitmq), 1, 4),
+        ("mail server killed, for long", False, lambda: killed(mail), longer, longer),
+        ("database sessions cut", True, lambda: at_once(
+            lambda: cut_sessions(postgres)), 0, 0),
+        ("broker connections cut", False, lambda: at_once(
+            lambda: cut_connections(rabbitmq)), 0, 0),
+        ("PostgreSQL paused", True, lambda: paused(postgres), 1, 6),
+        ("RabbitMQ paused", False, lambda: paused(rabbitmq), 1, 6),
+        ("memory alarm", False, lambda: alarmed(rabbitmq), 1, 4),
         ("queue full", False, lambda: queue_full(rabbitmq, consumer), 3, 6)]
 
 
 OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
-         "database sessions ended", "PostgreSQL stopped"}     # they are soon over
+         "database sessions cut", "PostgreSQL paused"}     # they are soon over
 ENDS_ONE = {"consumer killed", "gunicorn worker killed", "queue full"}
 
 
@@ -134,14 +106,14 @@ def processes(system):
 
 
 @contextmanager
-def whole_system(folder):
-    """Servers, API and consumer."""
+def whole_system(folder, **changes):
+    """Servers, API and consumer; clock.py uses it, too."""
     with start.running(start.Postgres(folder), start.RabbitMQ(folder),
                        Sink(folder)) as (postgres, rabbitmq, mail):
         postgres.psql((TOP / "sql/schema.sql").read_text())
         settings = load.SETTINGS | {
             "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port)}
+            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), **changes}
         with start.running(start.Gunicorn(folder, settings),
                            start.Consumer(folder, settings)) as (api, consumer):
             yield SimpleNamespace(postgres=postgres, rabbitmq=rabbitmq, mail=mail,
@@ -166,8 +138,8 @@ def main():
                                      random.Random(options.seed))
             finally:
                 callers.finish()
-            failures += account(callers, done, system.postgres.url,
-                                     [system.consumer.log])
+            failures += account(callers, done, system.postgres.url, system.rabbitmq.url,
+                                [system.api], [system.consumer])
     return "\n".join(failures)
 
 

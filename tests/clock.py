@@ -16,16 +16,12 @@ import statistics
 import tempfile
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
-import conftest
 import psycopg2
 import servers as start
 import steps
-from sink import Sink
+from chaos import whole_system
 
-TOP = Path(__file__).parent.parent
 WRONG_PASSWORD = "not the password"
 CLIENTS = 3      # in the background, when under load
 STATES = "unknown", "waiting", "active"
@@ -119,21 +115,12 @@ def main():
     start.install_missing((start.Postgres, start.RabbitMQ))
     with tempfile.TemporaryDirectory(prefix="reg-") as folder:
         os.chmod(folder, 0o755)     # PostgreSQL runs as another user
-        with start.running(start.Postgres(folder), start.RabbitMQ(folder),
-                           Sink(folder)) as (postgres, rabbitmq, mail):
-            postgres.psql((TOP / "sql/schema.sql").read_text())
-            settings = conftest.SETTINGS | {
-                "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
-                "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port),
-                "WEB_CONCURRENCY": str(os.cpu_count())}
-            with start.running(start.Gunicorn(folder, settings),
-                               start.Consumer(folder, settings)) as (api, _):
-                service = SimpleNamespace(url=api.url)
-                register(service, "first@example.com")
-                add_accounts(postgres.url, answers)
-                measure(service, 10)     # all of its connections are open now
-                report("at rest", measure(service, answers))
-                report("under load", measure_under_load(service, answers))
+        with whole_system(folder) as system:
+            register(system.api, "first@example.com")
+            add_accounts(system.postgres.url, answers)
+            measure(system.api, 10)     # all of its connections are open now
+            report("at rest", measure(system.api, answers))
+            report("under load", measure_under_load(system.api, answers))
 
 
 if __name__ == "__main__":

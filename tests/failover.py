@@ -211,8 +211,8 @@ def main():
                 callers, primary, standby, faults, chance.uniform(0.5, 3))))
         finally:
             callers.finish()
-        failures = account(callers, faults, settings["DATABASE_URL"],
-                                 [consumer.log for consumer in consumers])
+        failures = account(callers, faults, settings["DATABASE_URL"], nodes[0].url,
+                           apis, consumers)
     failures += [f"the {server}'s gap of {gap:.1f} s is over {AIMS[server]} s"
                  for server, gap in gaps if gap > AIMS[server]]
     return "\n".join(failures)

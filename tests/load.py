@@ -24,6 +24,7 @@ LIFETIME = 20       # seconds a code lives: most outages are shorter
 PATIENCE = 5        # seconds within which everything has to be answered
 CLIENTS = 12        # threads: while some wait for a slow answer, others go on
 SETTINGS = conftest.SETTINGS | {"CODE_LIFETIME": str(LIFETIME)}
+del SETTINGS["WEB_CONCURRENCY"]     # as many workers as by default
 
 
 def say(text):
@@ -74,7 +75,7 @@ class Load:
         self.stopping.set()
         for thread in self.threads:
             thread.join()
-        time.sleep(3)     # the last confirmations
+        time.sleep(5)     # a confirmation that failed is tried again after three
 
     def read_mails(self):
         with open(self.sink.record) as file:

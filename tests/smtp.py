@@ -1,10 +1,15 @@
 """A mail server that answers what a test tells it, for what MailDev cannot say.
 
     smtp.replies["RCPT", address] = ["450 later", DROP, HANG]   # one a try, then 250
-    smtp.replies["DATA", address] = ["554 spam", event]         # 250 when event is set
     smtp.replies["MAIL", sender] = ["550 no"]
+    smtp.replies["DATA", address] = ["451 later"]               # to the command
+    smtp.replies["CONTENT", address] = ["554 spam", 8, event]   # 250 after 8 seconds;
+                                                                # 250 when event is set
+    smtp.replies["RCPT", address] = ["550 no, goodbye"]         # and it hangs up
     smtp.tries[address]        how often it was asked to take a mail for the address
+    smtp.tried_at[address]     when, by time.monotonic()
     smtp.mails_to(address)     what it took: .sender, .recipients, .content, .client
+    smtp.clients               a client's address and port for each connection
 """
 
 import base64
@@ -12,6 +17,7 @@ import collections
 import socket
 import socketserver
 import threading
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -31,7 +37,9 @@ class SmtpServer(socketserver.ThreadingTCPServer):
         self.greetings = []      # other than 220, one a connection
         self.replies = {}
         self.tries = collections.Counter()
-        self.mails, self.held, self.sessions = [], [], set()
+        self.tried_at = collections.defaultdict(list)
+        self.clients, self.sessions = [], set()     # all of them; those that are open
+        self.mails, self.held = [], []
         self.failed_handshakes, self.failed_logins = [], []
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
@@ -51,11 +59,13 @@ class SmtpServer(socketserver.ThreadingTCPServer):
 
 
 class Session(socketserver.BaseRequestHandler):
-    """One client: just enough of RFC 5321, 3207 and 4954."""
+    """One client: just enough of RFC 5321, 3207 and 4954. Strict about the order."""
 
     def handle(self):
+        self.server.clients.append(self.client_address)
         self.server.sessions.add(self.request)
         self.encrypted, self.user = False, None
+        self.sender, self.recipients = None, []     # of the transaction under way
         if self.server.implicit_tls:
             self.encrypt()
         self.file = self.request.makefile("rb")
@@ -105,45 +115,67 @@ class Session(socketserver.BaseRequestHandler):
         self.say("535 wrong password")
 
     def mail(self, rest):
-        self.mail_from, self.recipients = address_in(rest), []
         if self.server.login and not self.user:
             return self.say("530 log in first")
-        self.say_as_told("MAIL", self.mail_from)
+        if self.sender:
+            return self.say("503 a transaction is under way: RSET first")
+        sender = address_in(rest)
+        if self.say_as_told("MAIL", sender):
+            self.sender = sender
 
     def rcpt(self, rest):
         recipient = address_in(rest)
+        if not self.sender:
+            return self.say("503 MAIL first")
         if not recipient:
             return self.say("501 to whom?")
         self.server.tries[recipient] += 1
-        self.recipients.append(recipient)
-        self.say_as_told("RCPT", recipient)
+        self.server.tried_at[recipient].append(time.monotonic())
+        if self.say_as_told("RCPT", recipient):
+            self.recipients.append(recipient)
 
     def rset(self, rest):
+        self.sender, self.recipients = None, []
         self.say("250 fine")
 
     def data(self, rest):
-        self.say("354 go ahead")
+        if not self.recipients:
+            return self.say("503 RCPT first")
+        if not self.say_as_told("DATA", self.recipients[-1], otherwise="354 go ahead"):
+            return
         lines = iter(self.file.readline, b".\r\n")
         content = b"".join(line.removeprefix(b".") for line in lines)
-        self.say_as_told("DATA", self.recipients[-1], SimpleNamespace(
-            sender=self.mail_from, recipients=self.recipients, content=content,
-            client=self.client_address, encrypted=self.encrypted, user=self.user))
+        mail = SimpleNamespace(
+            sender=self.sender, recipients=self.recipients, content=content,
+            client=self.client_address, encrypted=self.encrypted, user=self.user)
+        self.sender, self.recipients = None, []
+        self.say_as_told("CONTENT", mail.recipients[-1], mail)
 
-    def say_as_told(self, verb, address, mail=None):
+    def say_as_told(self, verb, address, mail=None, otherwise="250 fine"):
+        """Says the next of the replies, and returns whether it is a good one."""
         replies = self.server.replies.get((verb, address))
-        reply = replies.pop(0) if replies else "250 fine"
+        reply = replies.pop(0) if replies else otherwise
         if reply == DROP:
-            return self.request.shutdown(socket.SHUT_RDWR)
+            return self.hang_up()
         if reply == HANG:
-            return self.file.read()
+            return self.file.read()     # returns when the client hangs up
         if isinstance(reply, threading.Event):
             self.server.held.append(mail)
-            while not reply.wait(1):
-                self.request.sendall(b"250-wait\r\n")   # or the client would give up
-            reply = "250 fine"
-        if mail and reply.startswith("2"):
+            reply.wait()
+            reply = otherwise
+        if isinstance(reply, int):
+            time.sleep(reply)
+            reply = otherwise
+        good = reply[0] in "23"
+        if mail and good:
             self.server.mails.append(mail)
         self.say(reply)
+        if reply.startswith("421") or reply.endswith("goodbye"):
+            self.hang_up()
+        return good
+
+    def hang_up(self):
+        self.request.shutdown(socket.SHUT_RDWR)
 
 
 def address_in(text):

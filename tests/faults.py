@@ -1,0 +1,164 @@
+"""What can go wrong with a server: down, killed, paused, alarmed, read-only, full, cut.
+
+    with paused(servers.rabbitmq):
+        ...     # its connections stay open, and it answers nothing
+
+Each fault is real. It begins before the block and is over after it. chaos.py uses the
+same ones as the tests. A way is a relay to a server, which a test can slow down or cut.
+At the end: what a caller may see of a fault.
+"""
+
+import socket
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import psycopg2
+import servers as start
+from steps import problem_in, wait_until
+
+
+@contextmanager
+def down(server):
+    server.stop()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@contextmanager
+def killed(server):
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@contextmanager
+def paused(server):
+    """Its connections stay open, and it answers nothing."""
+    server.pause()
+    try:
+        yield
+    finally:
+        server.resume()
+
+
+@contextmanager
+def alarmed(rabbitmq):
+    """It believes that it is out of memory, and reads nothing more from publishers."""
+    rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        yield
+    finally:
+        rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+@contextmanager
+def read_only(postgres):
+    """As a standby is, or a server whose disk is full."""
+    postgres.psql("ALTER SYSTEM SET default_transaction_read_only = on")
+    postgres.psql("SELECT pg_reload_conf()")
+    wait_until(lambda: postgres.psql("SHOW default_transaction_read_only") == "on")
+    try:
+        yield
+    finally:
+        postgres.psql("SET default_transaction_read_only = off; "
+                      "ALTER SYSTEM RESET default_transaction_read_only")
+        postgres.psql("SELECT pg_reload_conf()")
+
+
+@contextmanager
+def row_locked(postgres, email):
+    """Somebody else's transaction holds the row of an address."""
+    with closing(psycopg2.connect(postgres.url)) as session:
+        session.cursor().execute(
+            "SELECT FROM users WHERE email = %s FOR UPDATE", [email])
+        yield
+
+
+def statements_waiting(postgres):
+    """How many statements wait for a lock."""
+    return int(postgres.psql("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+
+@contextmanager
+def full(rabbitmq, vhost="/", jobs=1):
+    """The mail queue takes so many jobs, and what comes before the broker notices.
+
+    A policy lowers the limit that the queue was declared with: the lower one counts.
+    """
+    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^mail$", f'{{"max-length": {jobs}}}')
+    try:
+        yield
+    finally:
+        rabbitmq.ctl("clear_policy", "-p", vhost, "full")
+
+
+def cut_sessions(postgres):
+    """Ends every client's session but its own; returns when they have ended."""
+    postgres.psql("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                  "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()")
+
+
+def cut_connections(rabbitmq, vhost="/"):
+    """Closes every client's connection to a virtual host."""
+    rabbitmq.ctl("close_all_connections", "-p", vhost, "cut by a test")
+
+
+@contextmanager
+def way_to(url):
+    """A relay to the server of a URL, as way.url.
+
+    Each of the server's answers is .seconds late. Unless .answers is None, only so many
+    pass: instead of the next one, the way closes both connections.
+    """
+    def relay(source, target, is_answer):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if is_answer and way.answers is not None:
+                    if way.answers == 0:
+                        break
+                    way.answers -= 1
+                time.sleep(way.seconds if is_answer else 0)
+                target.sendall(data)
+        for end in source, target:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept():
+        with suppress(OSError):     # the listener was closed
+            while True:
+                caller = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", port))
+                for ends in (caller, server, False), (server, caller, True):
+                    threading.Thread(target=relay, args=ends, daemon=True).start()
+
+    port, free = urlsplit(url).port, start.free_port()
+    way = SimpleNamespace(url=url.replace(f":{port}", f":{free}"), seconds=0,
+                          answers=None)
+    with socket.create_server(("127.0.0.1", free)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield way
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+# -- What a caller sees ----------------------------------------------------------------
+
+
+def timed(call):
+    """The answer of a call, with the .seconds that it took."""
+    started = time.monotonic()
+    answer = call()
+    answer.seconds = time.monotonic() - started
+    return answer
+
+
+def refused_in_time(answer):
+    """Whether it is the 503 of the contract."""
+    return (problem_in(answer) == 503 and int(answer.headers["Retry-After"]) > 0
+            and answer.seconds < 5)

@@ -1,0 +1,280 @@
+"""The truth in a slow world: servers that answer late, break off or never answer.
+
+A 2xx means that it happened, and a 503 that nothing was kept. Every answer comes within
+5 seconds, however many callers wait.
+"""
+
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import servers as start
+from faults import (alarmed, full, paused, refused_in_time, row_locked,
+                    statements_waiting, timed, way_to)
+from jobs import fill, purge
+from logs import events
+from steps import (activate, at_once, code_mailed_to, fresh_email, register, registered,
+                   send, wait_until)
+
+TOP = Path(__file__).parent.parent
+ANOTHER = "another fine password"
+SLOW = {"paused": lambda servers: paused(servers.rabbitmq),
+        "alarmed": lambda servers: alarmed(servers.rabbitmq)}
+
+
+# -- A 2xx happened, and after a 503 nothing is kept -----------------------------------
+
+
+def test_it_mails_no_live_code_for_a_registration_that_it_refused(
+        servers, start_service):
+    email = fresh_email()
+    with way_to(servers.rabbitmq.url) as way:
+        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
+        register(api, fresh_email())     # the connection is open, and used again
+        way.seconds = 1.5
+
+        assert register(api, email).status == 503
+
+        way.seconds = 0
+        late_code = code_mailed_to(api, email)     # the broker has the job: it confirmed
+        wait_until(lambda: activate(api, email, late_code).status == 401)
+
+
+def test_it_keeps_what_it_says_however_slow_lock_and_broker_were(
+        servers, start_service):
+    with way_to(servers.rabbitmq.url) as way, ThreadPoolExecutor() as threads:
+        api = start_service(BROKER_URL=way.url)
+        email, _ = registered(api)
+        way.seconds = 0.3     # eight answers until the confirm
+        with row_locked(servers.postgres, email):
+            under_way = threads.submit(lambda: register(api, email, ANOTHER))
+            wait_until(lambda: statements_waiting(servers.postgres))
+        accepted = under_way.result()
+        way.seconds = 0
+
+        assert accepted.status == 202
+        code = code_mailed_to(api, email, 2)
+        assert activate(api, email, code, ANOTHER).status == 200
+
+
+@pytest.mark.parametrize("outage", SLOW.values(), ids=SLOW.keys())
+def test_it_activates_without_a_confirmation_and_logs_which_one_is_missing(
+        servers, database, start_service, outage):
+    api = start_service(WEB_CONCURRENCY="1")
+    email, code = registered(api)     # its connections are open now
+
+    with outage(servers):
+        answer = timed(lambda: activate(api, email, code))
+
+    assert answer.status == 200 and answer.seconds < 5
+    assert database("SELECT count(activated_at) FROM users WHERE email = %s",
+                    [email]) == [(1,)]
+    [request] = events(api.log, event="request", route="/users/activate")
+    assert len(request["job"]) > 8
+    assert events(api.log, event="outage", server="broker", job=request["job"])
+    wait_until(lambda: register(api, fresh_email()).status == 202)
+
+
+@contextlib.contextmanager
+def out_of_memory(servers, broker):
+    with alarmed(servers.rabbitmq):
+        yield
+
+
+@contextlib.contextmanager
+def out_of_space(servers, broker):
+    with full(servers.rabbitmq, "spare"):
+        fill(broker)
+        yield
+    purge(broker)
+
+
+@pytest.mark.parametrize("outage", [out_of_memory, out_of_space])
+def test_it_does_not_lock_out_a_caller_who_repeats_what_was_refused(
+        servers, broker, database, start_service, outage):
+    api = start_service(BROKER_URL=broker, WEB_CONCURRENCY="1", EMAIL_LIMIT_HOUR="5")
+    email = fresh_email()
+
+    with outage(servers, broker):
+        for _ in range(7):
+            answer = register(api, email)
+            assert answer.status == 503
+            time.sleep(int(answer.headers["Retry-After"]))     # as a caller would
+
+    wait_until(lambda: register(api, email).status == 202)
+    counts = database("SELECT count FROM limits WHERE subject = %s", [email])
+    assert counts == [(1,), (1,)]     # of this hour, and of this day
+
+
+# -- In time, however many callers wait ------------------------------------------------
+
+
+@pytest.mark.parametrize("server", ["rabbitmq", "postgres"])
+def test_it_refuses_a_crowd_in_time_while_a_server_is_paused(
+        servers, start_service, server):
+    api = start_service(WEB_CONCURRENCY="5")
+    at_once(*[lambda: register(api, fresh_email())] * 10)     # connections are open now
+
+    with paused(getattr(servers, server)):
+        answers = at_once(
+            *[lambda: timed(lambda: register(api, fresh_email()))] * 60,
+            *[lambda: timed(lambda: send(api, "GET", "/healthz"))] * 80)
+
+    assert all(refused_in_time(answer) for answer in answers)
+    wait_until(lambda: register(api, fresh_email()).status == 202)
+
+
+@pytest.mark.parametrize("server", ["rabbitmq", "postgres"])
+def test_it_refuses_callers_who_never_pause_in_time_while_a_server_is_paused(
+        servers, start_service, server):
+    api = start_service(WEB_CONCURRENCY="5")
+    at_once(*[lambda: register(api, fresh_email())] * 10)     # connections are open now
+
+    def insist():
+        while time.monotonic() < ends:
+            answers.append(timed(lambda: register(api, fresh_email())))
+
+    with paused(getattr(servers, server)):
+        ends, answers = time.monotonic() + 6, []
+        at_once(*[insist] * 60)
+
+    assert all(refused_in_time(answer) for answer in answers)
+    wait_until(lambda: register(api, fresh_email()).status == 202)
+
+
+# -- The log names the error -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", range(8))
+@pytest.mark.parametrize("server, setting", [
+    ("broker", "BROKER_URL"), ("database", "DATABASE_URL")])
+def test_it_logs_why_a_connection_broke_off_instead_of_answering(
+        settings, start_service, server, setting, answers):
+    with way_to(settings[setting]) as way:
+        api = start_service(**{setting: way.url}, WEB_CONCURRENCY="1")
+        if answers:
+            way.answers = 0
+            register(api, fresh_email())     # now it needs a new connection
+        way.answers = answers
+
+        refused = timed(lambda: register(api, fresh_email()))
+
+    assert refused_in_time(refused)
+    assert_it_names_the_error(api, server)
+
+
+def test_it_logs_why_a_transaction_ended_and_not_that_its_rollback_failed(
+        servers, start_service):
+    api = start_service(WEB_CONCURRENCY="1")
+    email, _ = registered(api)
+
+    with ThreadPoolExecutor() as threads, row_locked(servers.postgres, email):
+        under_way = threads.submit(register, api, email, ANOTHER)
+        wait_until(lambda: statements_waiting(servers.postgres))
+        servers.postgres.psql("SELECT pg_terminate_backend(pid) FROM pg_locks "
+                              "WHERE NOT granted")
+        refused = under_way.result()
+
+    assert refused.status == 503
+    assert_it_names_the_error(api, "database")
+
+
+def test_it_logs_that_a_transaction_got_no_answer_and_not_that_its_rollback_failed(
+        servers, start_service):
+    api = start_service(WEB_CONCURRENCY="1")
+    email, _ = registered(api)
+
+    with ThreadPoolExecutor() as threads, row_locked(servers.postgres, email):
+        under_way = threads.submit(register, api, email, ANOTHER)
+        wait_until(lambda: statements_waiting(servers.postgres))
+        with paused(servers.postgres):
+            refused = under_way.result()
+
+    assert refused.status == 503
+    assert_it_names_the_error(api, "database")
+
+
+def assert_it_names_the_error(api, server):
+    outage = events(api.log, event="outage")[-1]
+    assert outage["server"] == server
+    assert outage["error"] not in ("KeyError", "InterfaceError")
+    assert outage["reason"] not in ("", "None")
+
+
+# -- A DNS server that never answers ---------------------------------------------------
+
+# Names that only that server could know.
+NAMES = {"DATABASE_URL": "postgresql://registration@database.test/registration",
+         "BROKER_URL": "amqp://guest:guest@broker.test//"}
+WITH_SILENT_DNS = ["unshare", "--map-root-user", "--mount", "--net",
+                   sys.executable, str(TOP / "tests/silent_dns.py")]
+
+
+def resolver_options():
+    """RES_OPTIONS of the Dockerfile."""
+    return "".join(re.findall('^ENV RES_OPTIONS="(.*)"$',
+                              (TOP / "Dockerfile").read_text(), re.M))
+
+
+class ApiWithSilentDns(start.Gunicorn):
+    """In a network of its own, so it is reached over a socket in the file system."""
+
+    def command(self):
+        return [*WITH_SILENT_DNS, *super().command(), "--bind", f"unix:{self.socket}"]
+
+    def answers(self):
+        return self.alive() and self.socket.exists()
+
+    def get(self, path):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(15)
+            client.connect(str(self.socket))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            return SimpleNamespace(status=response.status, headers=response.headers,
+                                   json=json.loads(response.read()))
+
+
+class ConsumerWithSilentDns(start.Consumer):
+    """Has started when it waits for the address of its broker."""
+
+    def command(self):
+        return [*WITH_SILENT_DNS, *super().command()]
+
+    def answers(self):
+        with contextlib.suppress(OSError):     # it has ended
+            table = Path(f"/proc/{self.process.pid}/net/udp").read_text()
+            unread = re.search(r":0035 \S+ \S+ [0-9A-F]+:([0-9A-F]+)", table)
+            return unread and int(unread[1], 16) > 0
+
+
+def test_it_answers_503_in_time_while_the_dns_server_is_silent(servers, settings):
+    folder = Path(servers.folder) / "dns"     # a short name, as a socket needs
+    api = ApiWithSilentDns(
+        folder, settings | NAMES | {"RES_OPTIONS": resolver_options()})
+    api.socket = folder / "socket"
+
+    with api:
+        answer = timed(lambda: api.get("/healthz"))
+
+    assert refused_in_time(answer)
+
+
+def test_it_stops_while_the_dns_server_is_silent(settings, tmp_path):
+    consumer = ConsumerWithSilentDns(
+        tmp_path, settings | NAMES | {"RES_OPTIONS": resolver_options()})
+
+    with consumer:
+        consumer.process.send_signal(signal.SIGTERM)
+
+        assert consumer.process.wait(10) == 0

@@ -159,6 +159,6 @@ def timed(call):
 
 
 def refused_in_time(answer):
-    """Whether it is the 503 of the contract."""
+    """Whether it is the 503 of an outage, with Retry-After, within 5 seconds."""
     return (problem_in(answer) == 503 and int(answer.headers["Retry-After"]) > 0
             and answer.seconds < 5)

@@ -187,6 +187,7 @@ def test_it_answers_503_while_its_queue_is_full(servers, queue):
 
     purge(queue.broker)
     wait_until(lambda: register(queue, email).status == 202)
+    assert take_job(queue.broker)["email"] == email
 
 
 def test_it_loses_no_mail_when_its_queue_was_deleted(start_service, broker):

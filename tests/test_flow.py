@@ -27,9 +27,5 @@ def test_it_says_when_an_account_is_active_already(service):
     assert again.status == 409
 
 
-def test_it_is_healthy(service):
-    assert send(service, "GET", "/healthz").status == 200
-
-
 def test_it_shows_its_docs(service):
     assert b"swagger-ui" in send(service, "GET", "/docs/").body

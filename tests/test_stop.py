@@ -1,6 +1,6 @@
 """SIGTERM: the requests and the mail under way finish, and the process exits 0.
 
-Within 10 seconds, the contract's promise, whether the broker can be reached or not.
+Within 10 seconds, whether the broker can be reached or not.
 """
 
 import signal

@@ -82,14 +82,14 @@ log = logging.getLogger("consumer")
 
 # -- Topology: service.py has the same lines -------------------------------------------
 
-DEAD_QUEUE = Queue("mail.dead", queue_arguments={
+DEAD_QUEUE = Queue("mail.dead", queue_arguments={   # jobs that could not be mailed
     "x-queue-type": "quorum",               # on disk, replicated in a cluster
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
     "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
-    "x-delivery-limit": 1_000_000,          # the default is 20; a deadline ends a job
+    "x-delivery-limit": 1_000_000,          # none, in effect: each job has a deadline
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The three mails -------------------------------------------------------------------
@@ -139,7 +139,7 @@ def build(job, message_id):
 # -- One job ---------------------------------------------------------------------------
 
 retries = deque()               # (when, message), not settled yet
-sent = deque(maxlen=PREFETCH)   # ids of the last mails: no more acks can get lost
+sent = deque(maxlen=PREFETCH)   # ids of the last mails; at most PREFETCH acks are lost
 stopping = False                # set by a signal
 
 

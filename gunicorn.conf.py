@@ -30,8 +30,8 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # heartbeat
 
 
 def when_ready(server):
-    """The garbage collector would write to what was loaded before the fork, and so copy
-    it into each worker."""
+    """Exempt what was loaded before the fork from garbage collection, which would write
+    to the shared memory and so copy it into each worker."""
     gc.freeze()
 
 

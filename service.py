@@ -76,7 +76,7 @@ BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")   # one or several
 SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
 CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))    # seconds
 CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))     # wrong codes
-# Requests for an address in an hour or a day, and of a client per endpoint.
+# Requests per address and hour or day, and per client and endpoint.
 EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", NUMBER))          # register
 EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", NUMBER))           # register
 ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", NUMBER))  # activate
@@ -87,20 +87,20 @@ MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
-# Seconds, sent with each 503. A 503 counts for the client. At this pace, trying again
-# does not exceed IP_LIMIT.
+# Seconds, sent with each 503. That request may count against IP_LIMIT. A client that
+# waits this long between its tries stays within it.
 RETRY_AFTER = math.ceil(IP_WINDOW / max(1, IP_LIMIT))
 
 # -- Topology: consumer.py has the same lines ------------------------------------------
 
-DEAD_QUEUE = Queue("mail.dead", queue_arguments={
+DEAD_QUEUE = Queue("mail.dead", queue_arguments={   # jobs that could not be mailed
     "x-queue-type": "quorum",               # on disk, replicated in a cluster
     "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
     "x-max-length": 10_000})                # drops the oldest beyond that
 MAIL_QUEUE = Queue("mail", queue_arguments={
     "x-queue-type": "quorum",
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
-    "x-delivery-limit": 1_000_000,          # the default is 20; a deadline ends a job
+    "x-delivery-limit": 1_000_000,          # none, in effect: each job has a deadline
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
 
 # -- The app and its endpoints ---------------------------------------------------------
@@ -283,7 +283,7 @@ def no_constant(name):
 def canonical_email(text):
     """The one form in which an address is stored: ASCII, lower case, IDNA domain.
 
-    At most 254 characters (RFC 5321). Nothing is looked up: the mail is the proof.
+    At most 254 characters (RFC 5321). No DNS look-up: the mail is the proof.
     """
     return validate_email(text, check_deliverability=False,
                           allow_smtputf8=False).ascii_email.lower()
@@ -340,8 +340,8 @@ def client():
 # -- The worker's two connections ------------------------------------------------------
 
 db = producer = None             # connect() opens both, disconnect() drops both
-# After a server has made it wait in vain, this worker refuses requests until then.
-stalled_server, refuse_until = "", 0   # the latter on the clock of time.monotonic()
+# Set by log_outage(): after a server has timed out, connect() answers 503 until then.
+stalled_server, refuse_until = "", 0   # a name, and an instant of time.monotonic()
 broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
     "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
 
@@ -368,9 +368,9 @@ def connect():
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
     session.autocommit = True   # a statement outside of `with db:` commits by itself
     # PostgreSQL gives up a little sooner than wait_for_database(). Otherwise, a
-    # statement for which nobody waits would keep its locks. While publish() waits, a
-    # transaction idles for up to 2 seconds. Each statement has an index: the planner is
-    # to use it even before it has statistics.
+    # statement for which nobody waits would keep its locks. A transaction may idle for
+    # 2 seconds, since publish() may wait TIMEOUT twice. Every statement can use an
+    # index: the planner is to do so even before it has statistics.
     session.cursor().execute("""
         SET statement_timeout = '900ms';
         SET idle_in_transaction_session_timeout = '3s';
@@ -409,8 +409,8 @@ def log_outage(error):
 
     Nothing is tried again here: a statement without an answer may have taken effect.
 
-    If the request took a second, it has waited in vain. Its worker refuses the next
-    ones for a second. Otherwise, each one in the queue would wait its second, too.
+    A request that took TIMEOUT or longer ran into a timeout. Its worker refuses the
+    next ones for a second. Otherwise, every queued request would wait a second as well.
     """
     global stalled_server, refuse_until
     # If the connection breaks inside `with db:`, its ROLLBACK raises InterfaceError.
@@ -450,7 +450,8 @@ DUMMY_HASH = hash_password(secrets.token_urlsafe())
 
 
 def password_matches(account, password):
-    """Whether it is the account's. Without an account, a dummy hash takes as long."""
+    """Whether it is the account's. Without an account, it checks a dummy hash, so that
+    the answer takes as long."""
     password_hash = account.password_hash if account else DUMMY_HASH
     try:
         return pwhash.verify(password_hash.encode(), password.encode())
@@ -476,8 +477,8 @@ def execute(statement, **values):
     return cursor
 
 
-# How far this worker has deleted. While a backup holds an old snapshot, deleted rows
-# stay in the index. Starting at its beginning would take longer each time.
+# Each deletion goes on where this worker's last one ended. While a backup runs, deleted
+# rows stay in the index, and a scan from its start would pass over all of them.
 limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
 
 
@@ -602,8 +603,8 @@ def spend_attempt(account, code_digest):
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
-    issued_at is in seconds since 1970, lifetime in seconds. After it, the consumer
-    drops the job; the broker moves it to mail.dead if it is still in the queue.
+    issued_at is in seconds since 1970, lifetime in seconds. Past it, the consumer that
+    holds the job drops it. If none has taken it yet, the broker moves it to mail.dead.
     Mandatory: if the queue is missing, publishing fails instead of losing the job.
     """
     g.job = secrets.token_hex(16)

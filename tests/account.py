@@ -63,7 +63,7 @@ def account(load, faults, database, broker, apis, consumers):
         for request in found]
     failures += [f"a confirmation is missing, and no log says so: {job}"
                  for job in unnamed]
-    failures += [f"in the dead queue, but not because it expired: {job}" for job in dead]
+    failures += [f"in the dead queue, though it has not expired: {job}" for job in dead]
     if len(verdicts["unconfirmed"]) > len(missing):
         failures.append("the APIs' logs do not have all activations")
     if len(outlived) > len(expired):
@@ -72,7 +72,7 @@ def account(load, faults, database, broker, apis, consumers):
 
 
 def expired_jobs(consumers, broker):
-    """Ids: of the jobs that expired in a consumer or in the queue, and of other dead."""
+    """Ids: of jobs that expired in a consumer or the queue; of other dead ones."""
     expired = {event["job"] for consumer in consumers
                for event in events(consumer.log, event="job", outcome="expired")}
     dead = {message.properties["message_id"]: message.headers["x-first-death-reason"]

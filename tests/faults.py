@@ -8,6 +8,7 @@ same ones as the tests. A way is a relay to a server, which a test can slow down
 At the end: what a caller may see of a fault.
 """
 
+import json
 import socket
 import threading
 import time
@@ -92,7 +93,8 @@ def full(rabbitmq, vhost="/", jobs=1):
 
     A policy lowers the limit that the queue was declared with: the lower one counts.
     """
-    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^mail$", f'{{"max-length": {jobs}}}')
+    limit = json.dumps({"max-length": jobs})
+    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^mail$", limit)
     try:
         yield
     finally:

@@ -180,7 +180,7 @@ ANY_LANGUAGE = {
 
 @pytest.fixture
 def translated_mailer(broker, settings, smtp, tmp_path):
-    """A consumer whose confirmation is in many languages, and whose sender has a name."""
+    """A consumer with a confirmation in many languages, and a sender with a name."""
     program = (TOP / "consumer.py").read_text()
     for ours, theirs in ANY_LANGUAGE.items():
         assert ours in program
@@ -455,7 +455,8 @@ def test_it_mails_to_others_over_one_session_while_some_are_greylisted(new_maile
 
 
 REFUSALS = [
-    ("MAIL", "450 later"), ("MAIL", "550 no"), ("RCPT", "450 later"), ("RCPT", "550 no"),
+    ("MAIL", "450 later"), ("MAIL", "550 no"),
+    ("RCPT", "450 later"), ("RCPT", "550 no"),
     ("DATA", "450 later"), ("DATA", "550 no"),
     ("CONTENT", "450 later"), ("CONTENT", "550 no")]
 
@@ -725,8 +726,9 @@ def test_it_logs_what_becomes_of_a_job_without_address_and_code(
     assert [(event["level"], event["outcome"]) for event in about_it()] == lines
     log = mailer.log.read_text()
     assert job["email"].partition("@")[0] not in log
-    assert not re.search(rf"\b{job['code']}\b", "".join(
-        line.replace(message_id, "") for line in log.splitlines() if message_id in line))
+    lines_about_it = "".join(line.replace(message_id, "") for line in log.splitlines()
+                             if message_id in line)
+    assert not re.search(rf"\b{job['code']}\b", lines_about_it)
 
 
 def test_it_logs_a_warning_for_a_job_that_expired(mailer, job):
@@ -757,7 +759,8 @@ def test_it_logs_the_same_id_for_a_request_and_for_its_mail(service):
 
     mails = [mailed_to(service, address, count) for count in (1, 2, 3)]
 
-    ids = [mail["headers"]["message-id"].strip("<>").partition("@")[0] for mail in mails]
+    ids = [mail["headers"]["message-id"].strip("<>").partition("@")[0]
+           for mail in mails]
     requests = [events(service.log, event="request", job=job) for job in ids]
     assert [request["route"] for [request] in requests] == [
         "/users/register", "/users/activate", "/users/register"]

@@ -44,7 +44,7 @@ def system(system_of_module):
 
 
 def wait_until_at_rest(system):
-    """Until nobody in a crowd is refused: a worker that waited in vain takes a second."""
+    """Until nobody in a crowd is refused, as after a stall, for a second."""
     def healthy():
         return send(system, "GET", "/healthz").status == 200
 

@@ -45,7 +45,7 @@ def test_it_mails_no_live_code_for_a_registration_that_it_refused(
         assert register(api, email).status == 503
 
         way.seconds = 0
-        late_code = code_mailed_to(api, email)     # the broker has the job: it confirmed
+        late_code = code_mailed_to(api, email)     # the broker had confirmed
         wait_until(lambda: activate(api, email, late_code).status == 401)
 
 

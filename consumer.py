@@ -19,8 +19,8 @@ ack deletes it from the queue, reject moves it to mail.dead.
                   5xx for the sender: tried again in seconds       not yet
 
 A job whose deadline passes in the queue, without a consumer, is moved to mail.dead by
-the broker. If the consumer dies before the ack, or the mail server's answer is lost, a
-mail may be sent twice, with the same Message-ID.
+the broker. If a consumer dies or loses the broker before the ack, or the mail server's
+answer is lost, a mail may be sent again, with the same Message-ID.
 """
 
 import html
@@ -54,6 +54,7 @@ def setting(name, default=None, pattern=".+"):
 
 
 ADDRESS = "[!-~]+@[!-~]+"   # ASCII, no spaces
+JOB_ID = "[0-9A-Za-z-]+"
 # user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
 SERVER = r"((%[0-9A-Fa-f]{2}|[^%/?#@;])*@)?(\[[^]]+\]|[^][%:/?#@;,]*)(:[0-9]+)?"
 AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
@@ -62,8 +63,8 @@ load_dotenv()
 BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
 SMTP_HOST = setting("SMTP_HOST", "localhost")
 SMTP_PORT = int(setting("SMTP_PORT", "1025", "[1-9][0-9]{0,4}"))
-SMTP_USERNAME = setting("SMTP_USERNAME", "", ".*")
-SMTP_PASSWORD = setting("SMTP_PASSWORD", "", ".*")
+SMTP_USERNAME = setting("SMTP_USERNAME", "", "[ -~]*")   # ASCII, as smtplib asks
+SMTP_PASSWORD = setting("SMTP_PASSWORD", "", "[ -~]*")
 SMTP_TLS = setting("SMTP_TLS", "none", "none|starttls|tls")
 MAIL_FROM = setting("MAIL_FROM", None,   # Ann <ann@example.com>, or without the name
                     f'{ADDRESS}|("[^"]*"|[^",;:<>@]*) <{ADDRESS}>')
@@ -73,7 +74,7 @@ LOG_LEVEL = setting(
 NAME, SENDER = parseaddr(MAIL_FROM)
 SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute to reply 250
 HEARTBEAT = 60        # seconds; RabbitMQ closes a connection that misses two
-RETRY_DELAY = 3       # seconds until a job is tried again
+RETRY_DELAY = 3       # seconds until a job is tried again, at the earliest
 PREFETCH = 1000       # unsettled jobs, including those that wait for a retry
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
@@ -120,7 +121,7 @@ def build(job, message_id):
     """
     if not re.fullmatch(ADDRESS, job["email"]):
         raise ValueError("the address is malformed")
-    if not re.fullmatch("[0-9A-Za-z-]+", message_id):
+    if not re.fullmatch(JOB_ID, message_id):
         raise ValueError("the id is malformed")
     subject, text = MAILS[job["template"]]
     issued = time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))
@@ -182,8 +183,9 @@ def settle(message, outcome, error=None):
 
     Of an error, only class and code are logged: mail servers' replies quote addresses.
     """
+    job = message.properties.get("message_id") or "-"
     log.log(LEVELS[outcome], "event=job job=%s outcome=%s error=%s code=%s",
-            message.properties.get("message_id"), outcome,
+            job if re.fullmatch(JOB_ID, job) else "malformed", outcome,
             type(error).__name__ if error else "-", reply_code(error) or "-")
     if outcome in ("unreadable", "refused"):
         message.reject()

@@ -18,7 +18,7 @@ whose code does not work. The caller, who got no 202, tries again.
 
 Activating publishes after COMMIT: a mail must not announce what may still fail. If the
 broker fails or the worker dies in between, the account is active, and its owner gets no
-confirmation. If the broker is down beforehand, activating answers 503 and does nothing.
+confirmation. If the broker is known to be down, it answers 503 and does nothing.
 """
 
 import errno
@@ -352,8 +352,8 @@ def connect():
     if time.monotonic() < refuse_until:
         raise unavailable(stalled_server)
     if db:
-        # An idle server sends nothing, unless it closes the connection. RabbitMQ also
-        # announces alarms. If there is anything to read, reconnect.
+        # An idle server sends nothing (we ask for no heartbeats), unless it closes the
+        # connection. RabbitMQ also announces alarms. Anything to read: reconnect.
         unusable, _, _ = select.select([db, broker.connection.sock], [], [], 0)
         if not unusable:
             return
@@ -483,9 +483,9 @@ limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
 
 
 def tidy():
-    """In one of 30 requests, delete up to 300 expired limits, or abandoned users.
+    """In about one of 30 requests, delete up to 300 expired limits, or abandoned users.
 
-    That is more than 30 requests add, so no cron job is needed.
+    That is more than the requests add, so no cron job is needed.
     """
     global limits_deleted_to, users_deleted_to
     # A worker that starts during a backup may time out here until the backup ends.
@@ -506,7 +506,7 @@ def delete_limits(start):
                 WHERE expires_at BETWEEN %(start)s AND now()
                 ORDER BY expires_at
                 LIMIT 300
-                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use again
+                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use, so not expired
         RETURNING expires_at
         """, start=start)
     return max((row.expires_at for row in deleted), default=start)

@@ -752,6 +752,16 @@ def test_it_logs_an_error_for_a_job_that_it_cannot_read(mailer, body, properties
     assert event["level"] == "ERROR"
 
 
+def test_it_logs_no_line_that_a_malformed_id_forges(mailer, job):
+    forged = "1\r\nevent=job job=2 outcome=sent"
+
+    put(mailer.broker, job, message_id=forged)
+
+    assert take(mailer.broker, DEAD).properties["message_id"] == forged
+    wait_until(lambda: events(mailer.log, job="malformed", outcome="unreadable"))
+    assert not events(mailer.log, event="job", job="2")
+
+
 def test_it_logs_the_same_id_for_a_request_and_for_its_mail(service):
     address, code = registered(service)
     activate(service, address, code)

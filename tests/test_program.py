@@ -78,6 +78,7 @@ MALFORMED = [
     (API, "WEB_CONCURRENCY", "0"), (API, "WEB_CONCURRENCY", "٣"),
     (CONSUMER, "SMTP_PORT", "0"), (CONSUMER, "SMTP_PORT", "smtp"),
     (CONSUMER, "SMTP_PORT", "２５"), (CONSUMER, "SMTP_TLS", "ssl"),
+    (CONSUMER, "SMTP_USERNAME", "jörg"), (CONSUMER, "SMTP_PASSWORD", "schlüssel"),
     (CONSUMER, "MAIL_FROM", "registration"), (CONSUMER, "MAIL_FROM", "Registration <>"),
     (CONSUMER, "MAIL_FROM", "Registration <registration>"),
     (CONSUMER, "MAIL_FROM", "@"), (CONSUMER, "MAIL_FROM", "Ann, Bob <ann@example.com>"),

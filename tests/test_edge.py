@@ -233,6 +233,7 @@ def test_it_asks_the_other_api_where_one_is_full(servers, settings, service, nar
         answers = at_once(*[partial(register, both, fresh_email()) for _ in range(20)])
 
     assert {answer.status for answer in answers} == {202}
+    assert "method=POST" in spare.log.read_text()
 
 
 def test_it_does_not_pass_health_checks_on(edge):

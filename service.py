@@ -409,8 +409,9 @@ def log_outage(error):
 
     Nothing is tried again here: a statement without an answer may have taken effect.
 
-    A request that took TIMEOUT or longer ran into a timeout. Its worker refuses the
-    next ones for a second. Otherwise, every queued request would wait a second as well.
+    A request that took TIMEOUT or longer has probably run into a timeout. Its worker
+    refuses the next ones for a second. Otherwise, every queued request would wait a
+    second as well.
     """
     global stalled_server, refuse_until
     # If the connection breaks inside `with db:`, its ROLLBACK raises InterfaceError.
@@ -506,7 +507,7 @@ def delete_limits(start):
                 WHERE expires_at BETWEEN %(start)s AND now()
                 ORDER BY expires_at
                 LIMIT 300
-                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use, so not expired
+                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use
         RETURNING expires_at
         """, start=start)
     return max((row.expires_at for row in deleted), default=start)

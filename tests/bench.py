@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -313,7 +313,7 @@ def print_machine():
           f"{LOAD_AVERAGE:.1f}\n"
           f"Python {platform.python_version()}, PostgreSQL {postgres}, "
           f"RabbitMQ {debian('rabbitmq-server')}, nginx {debian('nginx')}, "
-          + ", ".join(f"{name} {version(name)}" for name in packages)
+          + ", ".join(f"{name} {metadata.version(name)}" for name in packages)
           + f"; version 1 is {VERSION_1}")
 
 

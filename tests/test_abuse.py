@@ -17,9 +17,25 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
 from servers import Gunicorn
-from steps import (ACTIVATE, PASSWORD, REGISTER, activate, activated, at_once, basic,
-                   code_mailed_to, fresh_email, mailed_to, problem_in, register,
-                   registered, registered_anew, send, wait_until, wrong)
+from steps import (
+    ACTIVATE,
+    PASSWORD,
+    REGISTER,
+    activate,
+    activated,
+    at_once,
+    basic,
+    code_mailed_to,
+    fresh_email,
+    mailed_to,
+    problem_in,
+    register,
+    registered,
+    registered_anew,
+    send,
+    wait_until,
+    wrong,
+)
 
 JSON = {"Content-Type": "application/json"}
 HOUR = 3600

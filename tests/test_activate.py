@@ -6,10 +6,27 @@ from functools import partial
 
 import argon2
 import pytest
-from steps import (ACTIVATE, PASSWORD, activate, activated, at_once, basic,
-                   fresh_email, little_memory_for, mailed_to, problem_in, register,
-                   registered, registered_anew, send, send_json, shown, wait_until,
-                   workers_of, wrong)
+from steps import (
+    ACTIVATE,
+    PASSWORD,
+    activate,
+    activated,
+    at_once,
+    basic,
+    fresh_email,
+    little_memory_for,
+    mailed_to,
+    problem_in,
+    register,
+    registered,
+    registered_anew,
+    send,
+    send_json,
+    shown,
+    wait_until,
+    workers_of,
+    wrong,
+)
 
 JSON = {"Content-Type": "application/json"}
 

@@ -5,7 +5,6 @@ import email.policy
 import json
 import pickle
 import re
-import shutil
 import ssl
 import subprocess
 import threading
@@ -20,8 +19,15 @@ from faults import cut_connections
 from jobs import DEAD, consumers_of, purge, put, put_raw, take, take_job, waiting_in
 from logs import events
 from smtp import DROP, SmtpServer
-from steps import (activate, activated, fresh_email, mailed_to, register, registered,
-                   wait_until)
+from steps import (
+    activate,
+    activated,
+    fresh_email,
+    mailed_to,
+    register,
+    registered,
+    wait_until,
+)
 
 TOP = Path(__file__).parent.parent
 SENDER = "registration@example.com"

@@ -10,8 +10,20 @@ import openapi_spec_validator
 import pytest
 import yaml
 from openapi_schema_validator import OAS31Validator
-from steps import (ACTIVATE, PASSWORD, REGISTER, activate, activated, basic,
-                   fresh_email, problem_in, register, registered, send, wrong)
+from steps import (
+    ACTIVATE,
+    PASSWORD,
+    REGISTER,
+    activate,
+    activated,
+    basic,
+    fresh_email,
+    problem_in,
+    register,
+    registered,
+    send,
+    wrong,
+)
 
 TOP = Path(__file__).parent.parent
 DOCUMENT = yaml.safe_load((TOP / "openapi.yaml").read_text())

@@ -12,9 +12,22 @@ import psycopg2
 import pytest
 import servers as start
 from edge import Edge
-from steps import (PASSWORD, REGISTER, activate, at_once, code_mailed_to, connect,
-                   fresh_email, mailed_to, mails_to, problem_in, register, send, shown,
-                   wait_until)
+from steps import (
+    PASSWORD,
+    REGISTER,
+    activate,
+    at_once,
+    code_mailed_to,
+    connect,
+    fresh_email,
+    mailed_to,
+    mails_to,
+    problem_in,
+    register,
+    send,
+    shown,
+    wait_until,
+)
 
 POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
         b"Content-Type: application/json\r\n")

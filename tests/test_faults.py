@@ -16,11 +16,33 @@ from types import SimpleNamespace
 
 import pytest
 import servers as start
-from faults import (alarmed, cut_connections, cut_sessions, down, full, paused,
-                    read_only, refused_in_time, row_locked, statements_waiting, timed)
-from jobs import delete_queues, put, purge, take_job, waiting_in
-from steps import (activate, at_once, code_mailed_to, fresh_email, little_memory_for,
-                   mails_to, register, registered, send, wait_until, workers_of)
+from faults import (
+    alarmed,
+    cut_connections,
+    cut_sessions,
+    down,
+    full,
+    paused,
+    read_only,
+    refused_in_time,
+    row_locked,
+    statements_waiting,
+    timed,
+)
+from jobs import delete_queues, purge, put, take_job, waiting_in
+from steps import (
+    activate,
+    at_once,
+    code_mailed_to,
+    fresh_email,
+    little_memory_for,
+    mails_to,
+    register,
+    registered,
+    send,
+    wait_until,
+    workers_of,
+)
 
 ANOTHER = "another fine password"
 

@@ -1,7 +1,14 @@
 """The story from beginning to end; also against a system that runs already."""
 
-from steps import (activate, code_mailed_to, fresh_email, mailed_to, register, send,
-                   wrong)
+from steps import (
+    activate,
+    code_mailed_to,
+    fresh_email,
+    mailed_to,
+    register,
+    send,
+    wrong,
+)
 
 
 def test_it_registers_mails_a_code_and_activates(service):

@@ -13,8 +13,17 @@ import psycopg2
 import pytest
 import servers as start
 from common_passwords import common_passwords
-from steps import (activate, at_once, fresh_email, problem_in, register, registered,
-                   send, wait_until, workers_of)
+from steps import (
+    activate,
+    at_once,
+    fresh_email,
+    problem_in,
+    register,
+    registered,
+    send,
+    wait_until,
+    workers_of,
+)
 
 TOP = Path(__file__).parent.parent
 PROGRAM = ["service.py", "consumer.py", "gunicorn.conf.py"]

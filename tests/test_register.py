@@ -7,9 +7,26 @@ from functools import partial
 
 import argon2
 import pytest
-from steps import (PASSWORD, REGISTER, activate, activated, at_once, code_mailed_to,
-                   fresh_email, mailed_to, mails_to, problem_in, register, registered,
-                   registered_anew, send, send_json, shown, wait_until, wrong)
+from steps import (
+    PASSWORD,
+    REGISTER,
+    activate,
+    activated,
+    at_once,
+    code_mailed_to,
+    fresh_email,
+    mailed_to,
+    mails_to,
+    problem_in,
+    register,
+    registered,
+    registered_anew,
+    send,
+    send_json,
+    shown,
+    wait_until,
+    wrong,
+)
 
 JSON = {"Content-Type": "application/json"}
 
@@ -281,8 +298,9 @@ def test_it_refuses_what_is_not_an_address(service, email):
 
 
 @pytest.mark.parametrize("password", [
-    "8 chars.", "x" * 128, "é" * 128, "e\u0301" * 128, "😀" * 8, "👩\u200d👩\u200d👧" * 25,
-    " " * 8, " spaces around ", "colons:in:it:", "٠١٢٣٤٥٦٧", "'; DROP TABLE users; --",
+    "8 chars.", "x" * 128, "é" * 128, "e\u0301" * 128, "😀" * 8,
+    "👩\u200d👩\u200d👧" * 25, " " * 8, " spaces around ", "colons:in:it:",
+    "٠١٢٣٤٥٦٧", "'; DROP TABLE users; --",
     "\N{RIGHT-TO-LEFT OVERRIDE}\N{ZERO WIDTH SPACE}invisible", "100%s %(email)s {}"],
     ids=lambda password: ascii(password)[:40])
 def test_it_takes_any_text_of_8_to_128_characters(service, password):

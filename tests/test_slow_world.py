@@ -18,12 +18,28 @@ from types import SimpleNamespace
 
 import pytest
 import servers as start
-from faults import (alarmed, full, paused, refused_in_time, row_locked,
-                    statements_waiting, timed, way_to)
+from faults import (
+    alarmed,
+    full,
+    paused,
+    refused_in_time,
+    row_locked,
+    statements_waiting,
+    timed,
+    way_to,
+)
 from jobs import fill, purge
 from logs import events
-from steps import (activate, at_once, code_mailed_to, fresh_email, register, registered,
-                   send, wait_until)
+from steps import (
+    activate,
+    at_once,
+    code_mailed_to,
+    fresh_email,
+    register,
+    registered,
+    send,
+    wait_until,
+)
 
 TOP = Path(__file__).parent.parent
 ANOTHER = "another fine password"

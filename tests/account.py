@@ -21,10 +21,10 @@ from contextlib import suppress
 import argon2
 import psycopg2
 import steps
-from jobs import DEAD, take_all
 from load import LIFETIME, PATIENCE, SETTINGS, Fault
-from logs import events
 from psycopg2.extras import NamedTupleCursor
+from steps.jobs import DEAD, take_all
+from steps.logs import events
 
 
 def account(load, faults, database, broker, apis, consumers):

@@ -36,11 +36,11 @@ from types import SimpleNamespace
 import amqp
 import conftest
 import draw
-import jobs
 import servers as start
 import steps
 from edge import Edge
 from kombu import Connection
+from steps import jobs
 
 VERSION_1 = "7371f40"               # gunicorn's threads and argon2-cffi
 CORES = os.cpu_count()

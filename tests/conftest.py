@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import psycopg2
 import pytest
 import servers as start
-from jobs import consumers_of, delete_queues, take_job
 from smtp import SmtpServer
 from steps import fresh_email, register, wait_until
+from steps.jobs import consumers_of, delete_queues, take_job
 
 TOP = Path(__file__).parent.parent
 

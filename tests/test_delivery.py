@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import servers as start
 from faults import cut_connections
-from jobs import DEAD, consumers_of, purge, put, put_raw, take, take_job, waiting_in
-from logs import events
 from smtp import DROP, SmtpServer
 from steps import (
     activate,
@@ -28,6 +26,17 @@ from steps import (
     registered,
     wait_until,
 )
+from steps.jobs import (
+    DEAD,
+    consumers_of,
+    purge,
+    put,
+    put_raw,
+    take,
+    take_job,
+    waiting_in,
+)
+from steps.logs import events
 
 TOP = Path(__file__).parent.parent
 SENDER = "registration@example.com"

@@ -29,7 +29,6 @@ from faults import (
     statements_waiting,
     timed,
 )
-from jobs import delete_queues, purge, put, take_job, waiting_in
 from steps import (
     activate,
     at_once,
@@ -43,6 +42,7 @@ from steps import (
     wait_until,
     workers_of,
 )
+from steps.jobs import delete_queues, purge, put, take_job, waiting_in
 
 ANOTHER = "another fine password"
 

@@ -28,8 +28,6 @@ from faults import (
     timed,
     way_to,
 )
-from jobs import fill, purge
-from logs import events
 from steps import (
     activate,
     at_once,
@@ -40,6 +38,8 @@ from steps import (
     send,
     wait_until,
 )
+from steps.jobs import fill, purge
+from steps.logs import events
 
 TOP = Path(__file__).parent.parent
 ANOTHER = "another fine password"

@@ -11,10 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import pytest
 import servers as start
 from faults import paused, row_locked, statements_waiting
-from jobs import put, waiting_in
-from logs import events
 from smtp import HANG
 from steps import fresh_email, register, wait_until
+from steps.jobs import put, waiting_in
+from steps.logs import events
 
 
 def stops(program):

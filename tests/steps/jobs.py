@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import amqp
 from amqp.exceptions import MessageNacked
 from kombu import Connection
+
 from steps import wait_until
 
 MAIL, DEAD = "mail", "mail.dead"

@@ -1,4 +1,7 @@
-# For a machine without Docker. tests/servers.py starts the servers privately.
+# For a machine without Docker. tests/servers/ starts the servers privately.
+
+# env, since make would start a shell for a bare assignment, and that keeps signals back.
+PYTHON = env PYTHONPATH=tests .venv/bin/python
 
 help:
 	@echo "make run     everything on this machine until Ctrl-C, data in .local/"
@@ -10,7 +13,7 @@ help:
 	@echo "make common-passwords   write the block list anew, from Django's"
 
 run: .venv/complete
-	@.venv/bin/python tests/servers.py
+	@$(PYTHON) -m servers.run
 
 test: .venv/complete
 	.venv/bin/python -m pytest tests

@@ -36,10 +36,24 @@ from types import SimpleNamespace
 import amqp
 import conftest
 import draw
-import servers as start
 import steps
-from edge import Edge
 from kombu import Connection
+from servers.edge import Edge
+from servers.install import find, install_missing
+from servers.postgres import Postgres
+from servers.process import (
+    LOCAL,
+    TOP,
+    Server,
+    guard,
+    interrupt,
+    responds,
+    run,
+    running,
+    tree,
+)
+from servers.program import Consumer, Gunicorn, Program
+from servers.rabbitmq import RabbitMQ
 from steps import jobs
 
 VERSION_1 = "7371f40"               # gunicorn's threads and argon2-cffi
@@ -63,14 +77,14 @@ def say(text):
 # -- The system ------------------------------------------------------------------------
 
 
-class Helper(start.Server):
+class Helper(Server):
     """A Python process that obeys us: a line of JSON each way."""
 
     def launch(self):
         self.process = subprocess.Popen(
             [sys.executable, *self.command()], text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        start.guard(self.process.pid)
+        guard(self.process.pid)
 
     def answers(self):
         return self.alive()
@@ -109,7 +123,7 @@ class Hasher(Helper):
         return [LIMITS, "hash"]
 
 
-class Limit(start.Gunicorn):
+class Limit(Gunicorn):
     """The same gunicorn around bench_limit.py."""
 
     def command(self):
@@ -117,19 +131,19 @@ class Limit(start.Gunicorn):
                 str(LIMITS.parent), "--bind", f"127.0.0.1:{self.port}"]
 
     def answers(self):
-        return self.alive() and start.responds(self.port)
+        return self.alive() and responds(self.port)
 
 
 @contextmanager
 def system():
     """All that runs from beginning to end: the program, with version 1 as its .old."""
-    start.install_missing([start.Postgres, start.RabbitMQ, Edge])
+    install_missing("PostgreSQL", "RabbitMQ", "nginx")
     home = version_1()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         os.chmod(folder, 0o755)     # PostgreSQL and nginx run as other users
-        servers = start.Postgres(folder), start.RabbitMQ(folder)
+        servers = Postgres(folder), RabbitMQ(folder)
         hashers = [Hasher(folder) for _ in range(CORES)]
-        with start.running(*servers, *hashers), \
+        with running(*servers, *hashers), \
                 program(servers, "version_1", home, home / ".venv/bin/python") as old, \
                 program(servers, "version_2", OPTIONS.program, sys.executable) as here:
             here.old, here.hashers = old, hashers
@@ -139,17 +153,17 @@ def system():
 
 def version_1():
     """Its folder, made when it is missing, with the packages of its own lock."""
-    folder = start.LOCAL / "version-1"
+    folder = LOCAL / "version-1"
     complete = folder / ".venv/complete"
     if not complete.exists():
-        say(f"making {folder.relative_to(start.TOP)}")
+        say(f"making {folder.relative_to(TOP)}")
         shutil.rmtree(folder, ignore_errors=True)
-        start.run(["git", "-C", start.TOP, "worktree", "add", "--force", "--detach",
-                   folder, VERSION_1])
-        start.run([sys.executable, "-m", "venv", folder / ".venv"])
-        start.run([folder / ".venv/bin/python", "-m", "pip", "install", "--quiet",
-                   "--disable-pip-version-check", "--require-hashes",
-                   "--requirement", folder / "requirements.lock"])
+        run(["git", "-C", TOP, "worktree", "add", "--force", "--detach",
+             folder, VERSION_1])
+        run([sys.executable, "-m", "venv", folder / ".venv"])
+        run([folder / ".venv/bin/python", "-m", "pip", "install", "--quiet",
+             "--disable-pip-version-check", "--require-hashes",
+             "--requirement", folder / "requirements.lock"])
         complete.touch()
     return folder
 
@@ -168,10 +182,10 @@ def program(servers, name, home, python):
             "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(outside.port),
             "CODE_LIFETIME": "900"}
         settings.pop("WEB_CONCURRENCY", None)   # each version has its own default
-        processes = start.Gunicorn(folder, settings), start.Consumer(folder, settings)
+        processes = Gunicorn(folder, settings), Consumer(folder, settings)
         for process in processes:
             process.cwd, process.python = home, python
-        with start.running(*processes) as (api, consumer):
+        with running(*processes) as (api, consumer):
             yield SimpleNamespace(
                 name=name, folder=folder, settings=settings, postgres=postgres,
                 rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
@@ -186,7 +200,7 @@ def database(postgres, name, home):
 
 
 @contextmanager
-def another_api(here, kind=start.Gunicorn, options=(), **settings):
+def another_api(here, kind=Gunicorn, options=(), **settings):
     """One more process of version 2, or of another kind, with changed settings."""
     folder = here.folder / f"api{time.monotonic_ns()}"
     with kind(folder, here.settings | settings, options=options) as api:
@@ -202,8 +216,7 @@ def behind_the_edge(here):
 
 
 def psql(url, sql):
-    return start.run([start.find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", url],
-                     input=sql)
+    return run([find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", url], input=sql)
 
 
 # -- What is measured ------------------------------------------------------------------
@@ -256,7 +269,7 @@ def processes(version):
 def cpu_seconds(server):
     """Of a process and its living descendants, since they began."""
     total = 0
-    for pid in start.tree(server.process.pid):
+    for pid in tree(server.process.pid):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICK
@@ -264,7 +277,7 @@ def cpu_seconds(server):
 
 def megabytes(server):
     """The memory of each process of a server, with its share of what they share."""
-    return [int(line.split()[1]) / 1024 for pid in start.tree(server.process.pid)
+    return [int(line.split()[1]) / 1024 for pid in tree(server.process.pid)
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             if line.startswith("Pss:")]
 
@@ -307,7 +320,7 @@ def print_machine():
                   if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     packages = "gunicorn", "Flask", "psycopg2-binary", "kombu", "PyNaCl", "argon2-cffi"
-    postgres = start.run([start.find("postgres"), "--version"]).split()[2]
+    postgres = run([find("postgres"), "--version"]).split()[2]
     print(f"\n{CORES} cores of {model}, {memory:.0f} GB, Linux {platform.release()}, "
           f"transparent huge pages on {huge_pages_are()}, load average at the begin "
           f"{LOAD_AVERAGE:.1f}\n"
@@ -320,7 +333,7 @@ def print_machine():
 def debian(package):
     """The version of a package of Debian."""
     with suppress(OSError, RuntimeError):
-        return start.run(["dpkg-query", "-Wf", "${Version}", package])
+        return run(["dpkg-query", "-Wf", "${Version}", package])
     return "?"
 
 
@@ -473,9 +486,9 @@ def picture(found):
         share = median([goodput / most for goodput, most, _, _ in rounds])
         accepted, refused = (median([each[n] for each in rounds]) for n in (2, 3))
         points.append((load, share * capacity, accepted, refused))
-    path = start.TOP / "docs/load.svg"
+    path = TOP / "docs/load.svg"
     path.write_text(draw.load(points, capacity))
-    say(f"drawn: {path.relative_to(start.TOP)}")
+    say(f"drawn: {path.relative_to(TOP)}")
 
 
 def limited(here, seconds, rounds=5):
@@ -629,7 +642,7 @@ def options():
     parser.add_argument("--only", help="some parts, of: " + ",".join(PARTS))
     parser.add_argument("--huge-pages", action="store_true", help="that part, too: it "
                         "switches the machine's setting to and fro, then back")
-    parser.add_argument("--program", type=Path, default=start.TOP,
+    parser.add_argument("--program", type=Path, default=TOP,
                         help="the folder of the program that is measured")
     found = parser.parse_args()
     found.parts = found.only.split(",") if found.only else [*PARTS][:-1]
@@ -644,7 +657,7 @@ def options():
 
 
 def main():
-    start.Program.cwd = OPTIONS.program
+    Program.cwd = OPTIONS.program
     try:
         with system() as here:
             for name in OPTIONS.parts:
@@ -660,7 +673,7 @@ if __name__ == "__main__":
     LOAD_AVERAGE = os.getloadavg()[0]
     OPTIONS = options()
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, start.interrupt)
+        signal.signal(number, interrupt)
     try:
         main()
     except KeyboardInterrupt:

@@ -19,10 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import load
-import servers as start
 from account import account
-from faults import alarmed, cut_connections, cut_sessions, full, killed, paused
-from sink import Sink
+from servers.faults import alarmed, cut_connections, cut_sessions, full, killed, paused
+from servers.install import install_missing
+from servers.postgres import Postgres
+from servers.process import running, tree
+from servers.program import Consumer, Gunicorn
+from servers.rabbitmq import RabbitMQ
+from servers.sink import Sink
 
 TOP = Path(__file__).parent.parent
 
@@ -45,7 +49,7 @@ def queue_full(rabbitmq, consumer):
 
 
 def kill_worker(api):
-    workers = start.tree(api.process.pid)[1:]
+    workers = tree(api.process.pid)[1:]
     os.kill(random.choice(workers), 9)      # gunicorn's master starts another
 
 
@@ -102,20 +106,20 @@ def run(system, callers, rounds, chance):
 def processes(system):
     """The ids of the program's."""
     return {pid for each in (system.api, system.consumer)
-            for pid in start.tree(each.process.pid)}
+            for pid in tree(each.process.pid)}
 
 
 @contextmanager
 def whole_system(folder, **changes):
     """Servers, API and consumer; clock.py uses it, too."""
-    with start.running(start.Postgres(folder), start.RabbitMQ(folder),
+    with running(Postgres(folder), RabbitMQ(folder),
                        Sink(folder)) as (postgres, rabbitmq, mail):
         postgres.psql((TOP / "sql/schema.sql").read_text())
         settings = load.SETTINGS | {
             "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
             "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), **changes}
-        with start.running(start.Gunicorn(folder, settings),
-                           start.Consumer(folder, settings)) as (api, consumer):
+        with running(Gunicorn(folder, settings),
+                           Consumer(folder, settings)) as (api, consumer):
             yield SimpleNamespace(postgres=postgres, rabbitmq=rabbitmq, mail=mail,
                                   api=api, consumer=consumer)
 
@@ -126,7 +130,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
-    start.install_missing((start.Postgres, start.RabbitMQ))
+    install_missing("PostgreSQL", "RabbitMQ")
     with tempfile.TemporaryDirectory(prefix="reg-") as folder:
         os.chmod(folder, 0o755)     # PostgreSQL runs as another user
         with whole_system(folder) as system:

@@ -18,9 +18,9 @@ import threading
 import time
 
 import psycopg2
-import servers as start
 import steps
 from chaos import whole_system
+from servers.install import install_missing
 
 WRONG_PASSWORD = "not the password"
 CLIENTS = 3      # in the background, when under load
@@ -112,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--answers", type=int, default=200, help="of each kind")
     answers = parser.parse_args().answers
-    start.install_missing((start.Postgres, start.RabbitMQ))
+    install_missing("PostgreSQL", "RabbitMQ")
     with tempfile.TemporaryDirectory(prefix="reg-") as folder:
         os.chmod(folder, 0o755)     # PostgreSQL runs as another user
         with whole_system(folder) as system:

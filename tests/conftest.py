@@ -14,8 +14,13 @@ from types import SimpleNamespace
 
 import psycopg2
 import pytest
-import servers as start
-from smtp import SmtpServer
+from servers.install import install_missing
+from servers.maildev import MailDev
+from servers.postgres import Postgres
+from servers.process import free_port, running
+from servers.program import Consumer, Gunicorn
+from servers.rabbitmq import RabbitMQ
+from servers.smtp import SmtpServer
 from steps import fresh_email, register, wait_until
 from steps.jobs import consumers_of, delete_queues, take_job
 
@@ -36,13 +41,12 @@ SETTINGS = {
 @pytest.fixture(scope="session")
 def servers():
     """PostgreSQL with the schema, RabbitMQ and MailDev."""
-    start.install_missing()
+    install_missing("PostgreSQL", "RabbitMQ", "MailDev")
     # Short names, for sockets, and not pytest's own folder: another user must get in.
     with tempfile.TemporaryDirectory(prefix="reg-") as folder:
         os.chmod(folder, 0o755)
-        with start.running(
-                start.Postgres(folder), start.RabbitMQ(folder), start.MailDev(folder)
-        ) as (postgres, rabbitmq, maildev):
+        with running(Postgres(folder), RabbitMQ(folder),
+                     MailDev(folder)) as (postgres, rabbitmq, maildev):
             postgres.psql((TOP / "sql/schema.sql").read_text())
             yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,
                                   maildev=maildev)
@@ -66,9 +70,8 @@ def service(request):
     servers = request.getfixturevalue("servers")
     settings = request.getfixturevalue("settings")
     folder = Path(servers.folder)
-    processes = (start.Gunicorn(folder / "api", settings),
-                 start.Consumer(folder / "consumer", settings))
-    with start.running(*processes) as (api, consumer):
+    with running(Gunicorn(folder / "api", settings),
+                 Consumer(folder / "consumer", settings)) as (api, consumer):
         api.maildev_url = f"http://127.0.0.1:{servers.maildev.web_port}"
         api.consumer = consumer
         yield api
@@ -80,7 +83,7 @@ def start_service(servers, settings, service, tmp_path):
     started = []
 
     def start_it(**changes):
-        api = start.Gunicorn(tmp_path / f"api{len(started)}", settings | changes)
+        api = Gunicorn(tmp_path / f"api{len(started)}", settings | changes)
         api.start()
         started.append(api)
         api.maildev_url = service.maildev_url
@@ -120,7 +123,7 @@ def start_consumer(settings, tmp_path):
             environment = settings | changes
             before = consumers_of(environment["BROKER_URL"])
             folder = tmp_path / f"consumer{uuid.uuid4().hex}"
-            consumer = started.enter_context(start.Consumer(folder, environment))
+            consumer = started.enter_context(Consumer(folder, environment))
             wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
             return consumer
 
@@ -131,7 +134,7 @@ def start_consumer(settings, tmp_path):
 def queue(servers, settings, brokers):
     """An API whose jobs nobody takes; .broker is their broker."""
     folder = Path(servers.folder) / "queue"
-    with start.Gunicorn(folder, settings | {"BROKER_URL": brokers["queue"]}) as api:
+    with Gunicorn(folder, settings | {"BROKER_URL": brokers["queue"]}) as api:
         api.broker = brokers["queue"]
         yield api
 
@@ -146,7 +149,7 @@ def job(queue):
 @pytest.fixture
 def smtp():
     """A mail server that answers what the test tells it."""
-    server = SmtpServer(start.free_port())
+    server = SmtpServer(free_port())
     yield server
     server.close()
 

@@ -21,9 +21,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import load
-import servers as start
 from account import account
-from sink import Sink
+from servers.install import find, install_missing
+from servers.postgres import Postgres
+from servers.process import ROOT, Server, free_port, run, running, says
+from servers.program import Consumer, Gunicorn
+from servers.rabbitmq import RabbitMQ
+from servers.sink import Sink
 
 TOP = Path(__file__).parent.parent
 AIMS = {"broker": 3, "database": 2}     # seconds without a success
@@ -32,23 +36,23 @@ AIMS = {"broker": 3, "database": 2}     # seconds without a success
 # -- The machines ----------------------------------------------------------------------
 
 
-class Epmd(start.Server):
+class Epmd(Server):
     """Erlang's name server. All three nodes use it, so it is none of theirs."""
 
     name = "epmd"
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.port = start.free_port()
+        self.port = free_port()
 
     def command(self):
-        return [start.find("epmd"), "-address", "127.0.0.1", "-port", str(self.port)]
+        return [find("epmd"), "-address", "127.0.0.1", "-port", str(self.port)]
 
     def answers(self):
-        return start.says(self.port, b"\x00\x01n")
+        return says(self.port, b"\x00\x01n")
 
 
-class Node(start.RabbitMQ):
+class Node(RabbitMQ):
     """One of three; they share the cookie in HOME and a list of all of them."""
 
     def __init__(self, folder, number, epmd):
@@ -63,10 +67,10 @@ class Node(start.RabbitMQ):
                 for n in (1, 2, 3)))
 
     def command(self):
-        return [start.find("rabbitmq-server")]
+        return [find("rabbitmq-server")]
 
 
-class Standby(start.Postgres):
+class Standby(Postgres):
     """Follows the primary; every COMMIT there waits until it is written here, too."""
 
     name = "PostgreSQL standby"
@@ -77,12 +81,12 @@ class Standby(start.Postgres):
 
     def create(self, new):
         new.mkdir(mode=0o700)
-        if start.ROOT:
+        if ROOT:
             shutil.chown(new, "postgres", "postgres")
-        start.run([start.find("pg_basebackup"), "-D", new, "-d", self.primary.url,
-                   "--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast",
-                   "--create-slot", "--slot=standby"],
-                  cwd=new, env=self.env, **self.user)
+        run([find("pg_basebackup"), "-D", new, "-d", self.primary.url,
+             "--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast",
+             "--create-slot", "--slot=standby"],
+            cwd=new, env=self.env, **self.user)
         new.rename(self.data)
 
 
@@ -93,7 +97,7 @@ def cluster(folder, machines):
     cookie.chmod(0o400)
     epmd = machines.enter_context(Epmd(folder))
     nodes = [Node(folder, number, epmd) for number in (1, 2, 3)]
-    machines.enter_context(start.running(*nodes))
+    machines.enter_context(running(*nodes))
     while len(json.loads(nodes[0].ctl("cluster_status", "--formatter", "json"))
               ["running_nodes"]) < 3:
         time.sleep(0.5)
@@ -102,7 +106,7 @@ def cluster(folder, machines):
 
 def replicated(folder, machines):
     """A primary with the schema, and its synchronous standby."""
-    primary = machines.enter_context(start.Postgres(folder / "primary"))
+    primary = machines.enter_context(Postgres(folder / "primary"))
     primary.psql((TOP / "sql/schema.sql").read_text())
     standby = machines.enter_context(Standby(folder / "standby", primary))
     primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
@@ -118,8 +122,8 @@ def programs(folder, machines, settings, urls):
     for number in (0, 1):
         env = settings | {"BROKER_URL": ";".join(urls[number:] + urls[:number])}
         place = folder / f"program{number}"
-        apis.append(machines.enter_context(start.Gunicorn(place, env)))
-        consumers.append(machines.enter_context(start.Consumer(place, env)))
+        apis.append(machines.enter_context(Gunicorn(place, env)))
+        consumers.append(machines.enter_context(Consumer(place, env)))
     return apis, consumers
 
 
@@ -184,7 +188,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
-    start.install_missing((start.Postgres, start.RabbitMQ))
+    install_missing("PostgreSQL", "RabbitMQ")
     faults, chance = [], random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="reg-") as name, ExitStack() as machines:
         folder = Path(name)

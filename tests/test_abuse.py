@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
-from servers import Gunicorn
+from servers.program import Gunicorn
 from steps import (
     ACTIVATE,
     PASSWORD,

@@ -8,18 +8,10 @@ import os
 from urllib.parse import urlsplit
 
 import pytest
-import servers
 from playwright.sync_api import sync_playwright
+from servers.install import find, install_missing
 from steps import PASSWORD, code_mailed_to, fresh_email
 
-
-class Chromium:
-    """What servers.install_missing() asks of a server; Playwright does the rest."""
-
-    name = "the browser test"
-
-
-servers.PACKAGES[Chromium] = {"chromium": "chromium"}
 FLAGS = [
     "--no-sandbox",                    # root has none
     "--proxy-server=127.0.0.1:1",      # no way out; loopback addresses need no proxy
@@ -33,10 +25,10 @@ def page():
 
     page.hosts is the set of those that it asked for anything.
     """
-    servers.install_missing([Chromium])
+    install_missing("Chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=servers.find("chromium"), args=FLAGS)
+            executable_path=find("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.hosts = set()
         page.on("request", lambda request: page.hosts.add(urlsplit(request.url).netloc))

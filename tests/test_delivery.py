@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import servers as start
-from faults import cut_connections
-from smtp import DROP, SmtpServer
+from servers.faults import cut_connections
+from servers.process import free_port
+from servers.program import Consumer
+from servers.smtp import DROP, SmtpServer
 from steps import (
     activate,
     activated,
@@ -44,9 +45,9 @@ SENDER = "registration@example.com"
 
 @pytest.fixture(scope="module")
 def mailer_of_module(servers, settings, brokers):
-    smtp, broker = SmtpServer(start.free_port()), brokers["mailer"]
+    smtp, broker = SmtpServer(free_port()), brokers["mailer"]
     settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
-    with start.Consumer(Path(servers.folder) / "mailer", settings) as consumer:
+    with Consumer(Path(servers.folder) / "mailer", settings) as consumer:
         wait_until(lambda: consumers_of(broker))
         consumer.broker, consumer.smtp = broker, smtp
         yield consumer
@@ -201,7 +202,7 @@ def translated_mailer(broker, settings, smtp, tmp_path):
         assert ours in program
         program = program.replace(ours, theirs)
     (tmp_path / "consumer.py").write_text(program)
-    mailer = start.Consumer(tmp_path / "log", settings | {
+    mailer = Consumer(tmp_path / "log", settings | {
         "BROKER_URL": broker, "SMTP_PORT": str(smtp.port),
         "MAIL_FROM": f"Jörg von der 注册 <{SENDER}>"})
     mailer.cwd = tmp_path
@@ -368,7 +369,7 @@ def test_it_gives_up_at_the_deadline(broker, start_consumer, smtp, job, trouble)
 
 def test_it_tries_a_mail_server_that_is_away_once_a_second_and_not_once_a_job(
         broker, start_consumer, job):
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(start.free_port()))
+    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(free_port()))
 
     ends = time.time() + 4
     for _ in range(20):
@@ -380,7 +381,7 @@ def test_it_tries_a_mail_server_that_is_away_once_a_second_and_not_once_a_job(
 
 def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
         broker, start_service, start_consumer, job):
-    port = start.free_port()
+    port = free_port()
     api = start_service(BROKER_URL=broker, CODE_LIFETIME="2")
     mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(port))
     late = fresh_email()
@@ -677,7 +678,7 @@ def secure_smtp(request, certificate):
     """A mail server that wants encryption, one way or the other, and a login."""
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate)
-    smtp = SmtpServer(start.free_port(), tls, implicit_tls=request.param == "tls",
+    smtp = SmtpServer(free_port(), tls, implicit_tls=request.param == "tls",
                       login=("ann", "secret"))
     smtp.settings = {
         "SMTP_HOST": "localhost", "SMTP_PORT": str(smtp.port),

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import psycopg2
 import pytest
-import servers as start
-from edge import Edge
+from servers.edge import Edge
+from servers.install import install_missing
+from servers.process import running
+from servers.program import Gunicorn
 from steps import (
     PASSWORD,
     REGISTER,
@@ -37,11 +39,11 @@ HIDDEN = b"DELETE /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
 @pytest.fixture(scope="module")
 def edge(servers, settings, service):
     """The edge; .api is its first API and .spare the other."""
-    start.install_missing([Edge])
+    install_missing("nginx")
     folder = Path(servers.folder) / "edge"      # as root, nginx works as somebody else
     behind = settings | {"TRUSTED_PROXIES": "1"}
-    apis = start.Gunicorn(folder / "api", behind), start.Gunicorn(folder / "2", behind)
-    with start.running(*apis, Edge(folder, *apis)) as (api, spare, edge):
+    apis = Gunicorn(folder / "api", behind), Gunicorn(folder / "2", behind)
+    with running(*apis, Edge(folder, *apis)) as (api, spare, edge):
         edge.api, edge.spare, edge.maildev_url = api, spare, service.maildev_url
         yield edge
 
@@ -202,9 +204,9 @@ def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
 def narrow(servers, settings, service):
     """An edge before an API of one worker with a queue of two; .api is that API."""
     folder = Path(servers.folder) / f"narrow{secrets.token_hex(4)}"
-    api = start.Gunicorn(folder / "api", settings | {"WEB_CONCURRENCY": "1"},
-                         options=["--backlog", "2"])
-    with start.running(api, Edge(folder, api)) as (api, edge):
+    api = Gunicorn(folder / "api", settings | {"WEB_CONCURRENCY": "1"},
+                   options=["--backlog", "2"])
+    with running(api, Edge(folder, api)) as (api, edge):
         edge.api, edge.maildev_url = api, service.maildev_url
         yield edge
 
@@ -240,9 +242,8 @@ def test_it_does_not_disturb_the_worker_with_what_it_sheds(narrow):
 
 
 def test_it_asks_the_other_api_where_one_is_full(servers, settings, service, narrow):
-    spare = start.Gunicorn(narrow.folder / "spare", settings)
-    with start.running(spare, Edge(narrow.folder / "both", narrow.api, spare)) as (
-            _, both):
+    spare = Gunicorn(narrow.folder / "spare", settings)
+    with running(spare, Edge(narrow.folder / "both", narrow.api, spare)) as (_, both):
         answers = at_once(*[partial(register, both, fresh_email()) for _ in range(20)])
 
     assert {answer.status for answer in answers} == {202}

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import servers as start
-from faults import (
+from servers.faults import (
     alarmed,
     cut_connections,
     cut_sessions,
@@ -29,6 +28,8 @@ from faults import (
     statements_waiting,
     timed,
 )
+from servers.process import running, tree
+from servers.program import Consumer, Gunicorn
 from steps import (
     activate,
     at_once,
@@ -51,8 +52,8 @@ ANOTHER = "another fine password"
 def system_of_module(servers, settings, brokers):
     changed = settings | {"BROKER_URL": brokers["faults"], "CODE_LIFETIME": "600"}
     folder = Path(servers.folder) / "faults"
-    with start.running(start.Gunicorn(folder, changed),
-                       start.Consumer(folder, changed)) as (api, consumer):
+    with running(Gunicorn(folder, changed),
+                       Consumer(folder, changed)) as (api, consumer):
         yield SimpleNamespace(
             api=api, consumer=consumer, broker=brokers["faults"], url=api.url,
             maildev_url=servers.maildev.web_url)
@@ -74,7 +75,7 @@ def wait_until_at_rest(system):
 
 
 def processes(system):
-    return start.tree(system.api.process.pid) + start.tree(system.consumer.process.pid)
+    return tree(system.api.process.pid) + tree(system.consumer.process.pid)
 
 
 def rows_of(servers, email):

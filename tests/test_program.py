@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-import servers as start
 from common_passwords import common_passwords
+from servers.program import Consumer, Gunicorn
 from steps import (
     activate,
     at_once,
@@ -123,7 +123,7 @@ def test_it_takes_an_empty_setting_for_one_that_is_not_set():
 def test_the_consumer_takes_an_empty_setting_for_one_that_is_not_set(tmp_path):
     empty = dict.fromkeys(OPTIONAL, "")
 
-    with start.Consumer(tmp_path, GOOD | empty) as consumer:
+    with Consumer(tmp_path, GOOD | empty) as consumer:
 
         wait_until(lambda: "event=outage" in consumer.log.read_text())
 
@@ -185,7 +185,7 @@ def test_it_checks_the_number_of_workers_in_dotenv(copy):
 @pytest.fixture
 def default(settings, tmp_path):
     """An API, not started yet, whose environment does not set WEB_CONCURRENCY."""
-    api = start.Gunicorn(tmp_path / "log", settings)
+    api = Gunicorn(tmp_path / "log", settings)
     del api.env["WEB_CONCURRENCY"]
     return api
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import servers as start
-from faults import (
+from servers.faults import (
     alarmed,
     full,
     paused,
@@ -28,6 +27,7 @@ from faults import (
     timed,
     way_to,
 )
+from servers.program import Consumer, Gunicorn
 from steps import (
     activate,
     at_once,
@@ -232,7 +232,7 @@ def assert_it_names_the_error(api, server):
 NAMES = {"DATABASE_URL": "postgresql://registration@database.test/registration",
          "BROKER_URL": "amqp://guest:guest@broker.test//"}
 WITH_SILENT_DNS = ["unshare", "--map-root-user", "--mount", "--net",
-                   sys.executable, str(TOP / "tests/silent_dns.py")]
+                   sys.executable, str(TOP / "tests/servers/silent_dns.py")]
 
 
 def resolver_options():
@@ -241,7 +241,7 @@ def resolver_options():
                               (TOP / "Dockerfile").read_text(), re.M))
 
 
-class ApiWithSilentDns(start.Gunicorn):
+class ApiWithSilentDns(Gunicorn):
     """In a network of its own, so it is reached over a socket in the file system."""
 
     def command(self):
@@ -261,7 +261,7 @@ class ApiWithSilentDns(start.Gunicorn):
                                    json=json.loads(response.read()))
 
 
-class ConsumerWithSilentDns(start.Consumer):
+class ConsumerWithSilentDns(Consumer):
     """Has started when it waits for the address of its broker."""
 
     def command(self):

@@ -9,9 +9,9 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import pytest
-import servers as start
-from faults import paused, row_locked, statements_waiting
-from smtp import HANG
+from servers.faults import paused, row_locked, statements_waiting
+from servers.program import Consumer
+from servers.smtp import HANG
 from steps import fresh_email, register, wait_until
 from steps.jobs import put, waiting_in
 from steps.logs import events
@@ -144,7 +144,7 @@ def test_it_stops_while_the_broker_is_paused(servers, broker, start_consumer):
 
 def test_it_stops_while_there_is_no_broker(settings, tmp_path):
     nowhere = settings | {"BROKER_URL": "amqp://guest:guest@127.0.0.1:1//"}
-    with start.Consumer(tmp_path, nowhere) as consumer:
+    with Consumer(tmp_path, nowhere) as consumer:
         wait_until(lambda: events(consumer.log, event="outage"))
 
         assert stops(consumer) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
 
-from servers import tree
+from servers.process import tree
 
 PASSWORD = "correct horse battery"
 REGISTER, ACTIVATE = "/users/register", "/users/activate"

@@ -13,25 +13,26 @@ import time
 from email import message_from_bytes
 from email.policy import default
 
-import servers as start
-from smtp import SmtpServer
+from servers.process import TOP, Server, free_port, says
+from servers.smtp import SmtpServer
 
 
-class Sink(start.Server):
+class Sink(Server):
     """Started, killed and stopped like the other servers."""
 
     name = "mail server"
+    cwd = TOP / "tests"     # where Python finds this package
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.port, self.record = start.free_port(), self.folder / "mails"
+        self.port, self.record = free_port(), self.folder / "mails"
         self.record.touch()
 
     def command(self):
-        return [sys.executable, __file__, str(self.port), self.record]
+        return [sys.executable, "-m", "servers.sink", str(self.port), self.record]
 
     def answers(self):
-        return start.says(self.port)
+        return says(self.port)
 
 
 class Record:

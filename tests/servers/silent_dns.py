@@ -1,6 +1,6 @@
 """Runs a command where the only DNS server never answers.
 
-    unshare --map-root-user --mount --net python tests/silent_dns.py COMMAND ...
+    unshare --map-root-user --mount --net python tests/servers/silent_dns.py COMMAND ...
 
 It needs a mount namespace, for a resolv.conf of its own, and a network namespace, in
 which port 53 is free. An ordinary user may have both.

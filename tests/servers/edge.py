@@ -1,25 +1,24 @@
 """The nginx of docker-compose.yml, as it is configured there, before local APIs."""
 
 import os
-from pathlib import Path
 
-import servers as start
 import yaml
 
-TOP = Path(__file__).parent.parent
+from servers.process import TOP, Server, free_port, responds
+
 EDGE = yaml.safe_load((TOP / "docker-compose.yml").read_text())["services"]["edge"]
 
 
-class Edge(start.Server):
+class Edge(Server):
     """nginx. The first API gets every request; the others get what it does not take."""
 
     name = "the edge"
 
     def __init__(self, folder, *apis):
         super().__init__(folder)
-        self.port = start.free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.management = start.free_port()
+        self.management = free_port()
         self.log = self.folder / "edge.log"
         first, *others = [f"server 127.0.0.1:{api.port} max_fails=0" for api in apis]
         self.apis = "; ".join([first, *(f"{other} backup" for other in others)])
@@ -42,7 +41,6 @@ class Edge(start.Server):
         return [self.moved(word) for word in EDGE["command"]]
 
     def answers(self):
-        return start.responds(self.port, "/edge")
+        return responds(self.port, "/edge")
 
 
-start.PACKAGES[Edge] = {"nginx": "nginx"}

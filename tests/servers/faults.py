@@ -17,8 +17,9 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import psycopg2
-import servers as start
 from steps import problem_in, wait_until
+
+from servers.process import free_port
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def way_to(url):
                 for ends in (caller, server, False), (server, caller, True):
                     threading.Thread(target=relay, args=ends, daemon=True).start()
 
-    port, free = urlsplit(url).port, start.free_port()
+    port, free = urlsplit(url).port, free_port()
     way = SimpleNamespace(url=url.replace(f":{port}", f":{free}"), seconds=0,
                           answers=None)
     with socket.create_server(("127.0.0.1", free)) as listener:

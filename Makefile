@@ -11,24 +11,25 @@ help:
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock   whether the time of an answer tells who is registered"
 	@echo "make common-passwords   write the block list anew, from Django's"
+	@echo "Options go into OPTIONS: make chaos OPTIONS='--rounds 4 --seed 11'"
 
 run: .venv/complete
 	@$(PYTHON) -m servers.run
 
 test: .venv/complete
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest tests $(OPTIONS)
 
 chaos: .venv/complete
-	.venv/bin/python tests/chaos.py
+	$(PYTHON) -m chaos $(OPTIONS)
 
 failover: .venv/complete
-	.venv/bin/python tests/failover.py
+	$(PYTHON) -m chaos.failover $(OPTIONS)
 
 clock: .venv/complete
-	.venv/bin/python tests/clock.py
+	$(PYTHON) -m bench.clock $(OPTIONS)
 
 bench: .venv/complete
-	.venv/bin/python tests/bench.py
+	$(PYTHON) -m bench $(OPTIONS)
 
 common-passwords: .venv/complete
 	.venv/bin/python tests/common_passwords.py > common-passwords.txt

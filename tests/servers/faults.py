@@ -3,9 +3,9 @@
     with paused(servers.rabbitmq):
         ...     # its connections stay open, and it answers nothing
 
-Each fault is real. It begins before the block and is over after it. chaos.py uses the
-same ones as the tests. A way is a relay to a server, which a test can slow down or cut.
-At the end: what a caller may see of a fault.
+Each fault is real. It begins before the block and is over after it. The tests and
+chaos/ use the same ones. A way is a relay to a server, which a test can slow down or
+cut. At the end: what a caller may see of a fault.
 """
 
 import json

@@ -1,10 +1,10 @@
 """How fast the program is, each figure against a limit measured in turn with it.
 
-    make bench                                    about 11 minutes
-    python tests/bench.py --accounts 10000000     the big table ten times as big
-    python tests/bench.py --only registrations    one part; --help lists them
-    python tests/bench.py --huge-pages            with and without them; needs root
-    python tests/bench.py --program /tmp/changed  the program in another folder
+    make bench                                      about 11 minutes
+    make bench OPTIONS="--accounts 10000000"        the big table ten times as big
+    make bench OPTIONS="--only registrations"       one part; --help lists them
+    make bench OPTIONS="--huge-pages"               with and without; needs root
+    make bench OPTIONS="--program /tmp/changed"     the program in another folder
 
 It prints one table and draws docs/load.svg. It starts servers of its own, and version 1
 beside the program: a commit with its own packages, database, virtual host, consumer and
@@ -12,7 +12,7 @@ callers. Both run with the settings of production, but the limits on requests ar
 the way and codes live longer.
 
 Read main(), then the parts in its order. outside.py has the callers and the mail
-server, edge.py nginx, bench_limit.py the limits, draw.py the picture.
+server, limit.py the limits, draw.py the picture; servers/edge.py is nginx.
 """
 
 import argparse
@@ -35,7 +35,6 @@ from types import SimpleNamespace
 
 import amqp
 import conftest
-import draw
 import steps
 from kombu import Connection
 from servers.edge import Edge
@@ -56,6 +55,8 @@ from servers.program import Consumer, Gunicorn, Program
 from servers.rabbitmq import RabbitMQ
 from steps import jobs
 
+from bench import draw
+
 VERSION_1 = "7371f40"               # gunicorn's threads and argon2-cffi
 CORES = os.cpu_count()
 CALLERS, CROWD = 8, 100
@@ -64,7 +65,7 @@ BACKLOG = ["--backlog", "64"]       # behind the edge, as in docker-compose.yml
 # whose goodput has an aim.
 LOADS = 0.1, 0.2, 0.4, 0.7, 0.85, 1, 1.15, 1.5, 2, 3, 4, 6, 8, 12
 GOODPUT = {2: 0.9, 4: 0.9, 8: 0.85}
-LIMITS = Path(__file__).with_name("bench_limit.py")
+LIMITS = Path(__file__).with_name("limit.py")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TICK = os.sysconf("SC_CLK_TCK")     # of /proc/*/stat, a second
 BEGIN = time.monotonic()
@@ -124,11 +125,11 @@ class Hasher(Helper):
 
 
 class Limit(Gunicorn):
-    """The same gunicorn around bench_limit.py."""
+    """The same gunicorn around limit.py."""
 
     def command(self):
-        return [sys.executable, "-m", "gunicorn", f"{LIMITS.stem}:app", "--pythonpath",
-                str(LIMITS.parent), "--bind", f"127.0.0.1:{self.port}"]
+        return [sys.executable, "-m", "gunicorn", "bench.limit:app", "--pythonpath",
+                str(TOP / "tests"), "--bind", f"127.0.0.1:{self.port}"]
 
     def answers(self):
         return self.alive() and responds(self.port)
@@ -636,7 +637,7 @@ PARTS = {part.__name__: part for part in (
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--accounts", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=8, help="of a phase")
     parser.add_argument("--only", help="some parts, of: " + ",".join(PARTS))

@@ -1,8 +1,8 @@
-"""What bench.py divides by: an upsert, a hash, a mail, and nothing else.
+"""What the figures are divided by: an upsert, a hash, a mail, and nothing else.
 
-    gunicorn bench_limit:app                  a route that does one upsert
-    python bench_limit.py hash                hashes for as long as stdin tells it to
-    python bench_limit.py smtp PORT COUNT     sends the mail on stdin so many times
+    gunicorn bench.limit:app            a route that does one upsert
+    python limit.py hash                hashes for as long as stdin tells it to
+    python limit.py smtp PORT COUNT     sends the mail on stdin so many times
 """
 
 import json

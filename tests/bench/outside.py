@@ -1,4 +1,4 @@
-"""The world outside, for bench.py: the callers and the mail server for their mails.
+"""The world outside: the callers and the mail server for their mails.
 
 One process, one thread, epoll and prepared bytes, so that it costs next to nothing, and
 one clock for an answer and for the mail that it announced. It takes commands from stdin
@@ -152,7 +152,7 @@ def activate():
 
 
 def upsert():
-    """The route of bench_limit.py."""
+    """The route of limit.py."""
     return "", request("POST /upsert", {})
 
 

@@ -1,6 +1,7 @@
 """Losing a machine: a RabbitMQ cluster, and a PostgreSQL with a standby, under load.
 
-Run:    make failover    about four minutes
+    make failover                           about four minutes
+    make failover OPTIONS="--rounds 1"      about three
 
 Three RabbitMQ nodes with the mail queue on each of them, a primary with a synchronous
 standby, two APIs and two consumers, told of it by DATABASE_URL and BROKER_URL alone.
@@ -20,16 +21,17 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-import load
-from account import account
+import steps
 from servers.install import find, install_missing
 from servers.postgres import Postgres
-from servers.process import ROOT, Server, free_port, run, running, says
+from servers.process import ROOT, TOP, Server, free_port, run, running, says
 from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 from servers.sink import Sink
 
-TOP = Path(__file__).parent.parent
+from chaos import load
+from chaos.account import account
+
 AIMS = {"broker": 3, "database": 2}     # seconds without a success
 
 
@@ -111,7 +113,7 @@ def replicated(folder, machines):
     standby = machines.enter_context(Standby(folder / "standby", primary))
     primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
     primary.psql("SELECT pg_reload_conf()")
-    load.steps.wait_until(lambda: primary.psql(
+    steps.wait_until(lambda: primary.psql(
         "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
     return primary, standby
 

@@ -1,11 +1,11 @@
 """The whole system under steady load, and everything in it killed, again and again.
 
-Run:    make chaos                          about ten minutes
-        python tests/chaos.py --rounds 1    about three
+    make chaos                              about ten minutes
+    make chaos OPTIONS="--rounds 1"         about three
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
 something behind, an answer took over 5 seconds, or a process ended by itself.
-faults.py has the faults, load.py the callers, account.py the table.
+servers/faults.py has the faults, load.py the callers, account.py the table.
 """
 
 import argparse
@@ -15,21 +15,18 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
-import load
-from account import account
 from servers.faults import alarmed, cut_connections, cut_sessions, full, killed, paused
 from servers.install import install_missing
 from servers.postgres import Postgres
-from servers.process import running, tree
+from servers.process import TOP, running, tree
 from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 from servers.sink import Sink
 
-TOP = Path(__file__).parent.parent
-
+from chaos import load
+from chaos.account import account
 
 # -- Faults ----------------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ def processes(system):
 
 @contextmanager
 def whole_system(folder, **changes):
-    """Servers, API and consumer; clock.py uses it, too."""
+    """Servers, API and consumer; bench/clock.py uses it, too."""
     with running(Postgres(folder), RabbitMQ(folder),
                        Sink(folder)) as (postgres, rabbitmq, mail):
         postgres.psql((TOP / "sql/schema.sql").read_text())
@@ -125,7 +122,7 @@ def whole_system(folder, **changes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = parser.parse_args()

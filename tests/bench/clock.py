@@ -1,6 +1,7 @@
 """Whether the time of an answer tells who is registered.
 
-Run:    make clock                          about five minutes
+    make clock                              about five minutes
+    make clock OPTIONS="--answers 50"       sooner, and less exact
 
 Asks about new, waiting and active addresses in random order, and prints for each pair
 the share of pairs of answers in which the second was slower, Mann-Whitney's U / nm: 0.5
@@ -19,7 +20,7 @@ import time
 
 import psycopg2
 import steps
-from chaos import whole_system
+from chaos.__main__ import whole_system
 from servers.install import install_missing
 
 WRONG_PASSWORD = "not the password"

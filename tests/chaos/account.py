@@ -21,10 +21,11 @@ from contextlib import suppress
 import argon2
 import psycopg2
 import steps
-from load import LIFETIME, PATIENCE, SETTINGS, Fault
 from psycopg2.extras import NamedTupleCursor
 from steps.jobs import DEAD, take_all
 from steps.logs import events
+
+from chaos.load import LIFETIME, PATIENCE, SETTINGS, Fault
 
 
 def account(load, faults, database, broker, apis, consumers):

@@ -1,4 +1,4 @@
-"""Steady load on the whole system, while chaos.py and failover.py do harm to it.
+"""Steady load on the whole system, while __main__.py and failover.py do harm to it.
 
 Load is the callers: they note each request and its answer, and what was mailed to them.
 Fault notes what was done and when. account.py draws the balance.
@@ -204,5 +204,3 @@ class Fault:
         say(f"{self.name}: {self.ended - self.began:.1f} s, "
             f"healed {healed - self.ended:.1f} s later")
 
-
-CALM = Fault("(before the first)", False)

@@ -1,0 +1,8 @@
+"""The whole system under load while something in it is killed, paused, cut or full.
+
+    make chaos      __main__.py, ten minutes: every fault of servers/faults.py
+    make failover   failover.py, four minutes: a cluster of brokers, a standby database
+
+Options follow: make chaos OPTIONS="--rounds 4 --seed 11". Read __main__.py, then
+load.py, the callers, and account.py, which compares every answer with what was kept.
+"""

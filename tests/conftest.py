@@ -94,6 +94,16 @@ def start_service(servers, settings, service, tmp_path):
         api.stop()
 
 
+@pytest.fixture(scope="module")
+def strict(servers, settings, service, tmp_path_factory):
+    """An API behind a proxy, with limits so small that they are soon reached."""
+    with Gunicorn(tmp_path_factory.mktemp("strict"), settings | {
+            "TRUSTED_PROXIES": "1", "IP_LIMIT": "2", "EMAIL_LIMIT_HOUR": "2",
+            "EMAIL_LIMIT_DAY": "3", "ACTIVATE_LIMIT_HOUR": "2"}) as api:
+        api.maildev_url = service.maildev_url
+        yield api
+
+
 @pytest.fixture(scope="session")
 def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""

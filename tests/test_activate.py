@@ -8,6 +8,7 @@ import argon2
 import pytest
 from steps import (
     ACTIVATE,
+    JSON,
     PASSWORD,
     activate,
     activated,
@@ -27,8 +28,6 @@ from steps import (
     workers_of,
     wrong,
 )
-
-JSON = {"Content-Type": "application/json"}
 
 
 def attempts_at(database, email):

@@ -12,6 +12,7 @@ import yaml
 from openapi_schema_validator import OAS31Validator
 from steps import (
     ACTIVATE,
+    JSON,
     PASSWORD,
     REGISTER,
     activate,
@@ -29,7 +30,6 @@ TOP = Path(__file__).parent.parent
 DOCUMENT = yaml.safe_load((TOP / "openapi.yaml").read_text())
 OPERATIONS = {operation["operationId"]: operation
               for path in DOCUMENT["paths"].values() for operation in path.values()}
-JSON = {"Content-Type": "application/json"}
 BASIC = {"Authorization": basic("nobody@example.com", PASSWORD)}
 TWICE = b'{"code": "0427", "code": "0427"}'
 

@@ -8,6 +8,7 @@ from functools import partial
 import argon2
 import pytest
 from steps import (
+    JSON,
     PASSWORD,
     REGISTER,
     activate,
@@ -27,8 +28,6 @@ from steps import (
     wait_until,
     wrong,
 )
-
-JSON = {"Content-Type": "application/json"}
 
 
 def row_of(database, email):

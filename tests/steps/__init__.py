@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 import resource
+import secrets
 import socket
 import time
 import uuid
@@ -18,11 +19,18 @@ from servers.process import tree
 
 PASSWORD = "correct horse battery"
 REGISTER, ACTIVATE = "/users/register", "/users/activate"
+JSON = {"Content-Type": "application/json"}
 
 
 def fresh_email():
     """An address that no other test uses, which stands in for cleaning up."""
     return f"{uuid.uuid4().hex[:12]}@example.com"
+
+
+def fresh_client():
+    """The header of a client, behind a proxy, that no other test is."""
+    network = f"{secrets.randbits(16):x}:{secrets.randbits(16):x}"
+    return {"X-Forwarded-For": f"2001:db8:{network}::0"}
 
 
 def send(service, method, path, body=b"", headers=None):
@@ -44,7 +52,14 @@ def send(service, method, path, body=b"", headers=None):
 def send_json(service, method, path, fields, headers=None):
     """The same with a JSON body."""
     return send(service, method, path, json.dumps(fields).encode(),
-                {"Content-Type": "application/json"} | (headers or {}))
+                JSON | (headers or {}))
+
+
+def send_raw(service, request):
+    """Any bytes at all; the status of the answer."""
+    with connect(service) as connection:
+        connection.sendall(request)
+        return int(connection.makefile("rb").readline().split()[1])
 
 
 def connect(service, receive=None):

@@ -22,7 +22,7 @@ from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 from servers.smtp import SmtpServer
 from steps import fresh_email, register, wait_until
-from steps.jobs import consumers_of, delete_queues, take_job
+from steps.jobs import consumers_of, delete_queues, purge, take_job
 
 TOP = Path(__file__).parent.parent
 
@@ -162,6 +162,32 @@ def smtp():
     server = SmtpServer(free_port())
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def mailer_of_module(servers, settings, brokers):
+    smtp, broker = SmtpServer(free_port()), brokers["mailer"]
+    settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
+    with Consumer(Path(servers.folder) / "mailer", settings) as consumer:
+        wait_until(lambda: consumers_of(broker))
+        consumer.broker, consumer.smtp = broker, smtp
+        yield consumer
+    smtp.close()
+
+
+@pytest.fixture
+def mailer(mailer_of_module):
+    """A consumer of the .broker, that mails through an .smtp of the tests' own."""
+    purge(mailer_of_module.broker)
+    return mailer_of_module
+
+
+@pytest.fixture
+def new_mailer(broker, start_consumer, smtp):
+    """As mailer, but without a past."""
+    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+    consumer.broker, consumer.smtp = broker, smtp
+    return consumer
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import re
 import secrets
+import time
 
+import pytest
 from steps import (
     ACTIVATE,
     JSON,
@@ -20,6 +22,8 @@ from steps import (
     wait_until,
     wrong,
 )
+from steps.jobs import DEAD, outcomes, put, put_raw, take
+from steps.logs import events
 
 LOGFMT = re.compile(r'time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ level=[A-Z]+'
                     r'( [a-z_]+=("([^"\\]|\\.)*"|[^\s"]*))+')
@@ -35,6 +39,9 @@ def logged_by(service, before):
     return re.findall(
         r"event=request client=127\.0\.0\.1 method=(\S+) route=(\S+) status=(\d+)"
         r" job=(\S+) ms=\d+$", service.log.read_text()[before:], re.M)
+
+
+# -- Requests --------------------------------------------------------------------------
 
 
 def test_it_logs_each_request_in_a_line(service):
@@ -133,3 +140,88 @@ def test_it_logs_in_logfmt_and_utc_whatever_came(service):
              for line in log.read_text().splitlines()]
 
     assert [line for line in lines if not LOGFMT.fullmatch(line)] == []
+
+
+def test_it_logs_the_same_id_for_a_request_and_for_its_mail(service):
+    address, code = registered(service)
+    activate(service, address, code)
+    register(service, address)
+
+    mails = [mailed_to(service, address, count) for count in (1, 2, 3)]
+
+    ids = [mail["headers"]["message-id"].strip("<>").partition("@")[0]
+           for mail in mails]
+    requests = [events(service.log, event="request", job=job) for job in ids]
+    assert [request["route"] for [request] in requests] == [
+        "/users/register", "/users/activate", "/users/register"]
+    wait_until(lambda: all(events(service.consumer.log, job=job, outcome="sent")
+                           for job in ids))
+
+
+def test_it_logs_no_address_and_no_code_of_a_request(service):
+    address, code = registered(service)
+
+    activate(service, address, code)
+
+    mailed_to(service, address, 2)
+    log = service.log.read_text() + service.consumer.log.read_text()
+    numbers_of_ours = r" ms=\d+|.* event=gunicorn .*"
+    assert address.partition("@")[0] not in log
+    assert not re.search(rf"[=\"' ]{code}\b", re.sub(numbers_of_ours, "", log))
+
+
+# -- Jobs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replies, lines", [
+    ([], [("INFO", "sent")]),
+    (["450 {}: later"], [("WARNING", "retry"), ("INFO", "sent")]),
+    (["550 {}: no"], [("ERROR", "refused")])], ids=["sent", "retry", "refused"])
+def test_it_logs_what_becomes_of_a_job_without_address_and_code(
+        mailer, job, replies, lines):
+    mailer.smtp.replies["RCPT", job["email"]] = [
+        reply.format(job["email"]) for reply in replies]
+
+    message_id = put(mailer.broker, job)
+
+    def about_it():
+        return events(mailer.log, event="job", job=message_id)
+
+    wait_until(lambda: len(about_it()) == len(lines))
+    assert [(event["level"], event["outcome"]) for event in about_it()] == lines
+    log = mailer.log.read_text()
+    assert job["email"].partition("@")[0] not in log
+    lines_about_it = "".join(line.replace(message_id, "") for line in log.splitlines()
+                             if message_id in line)
+    assert not re.search(rf"\b{job['code']}\b", lines_about_it)
+
+
+def test_it_logs_a_warning_for_a_job_that_expired(mailer, job):
+    message_id = put(mailer.broker, job | {"expires_at": time.time() - 1})
+
+    wait_until(lambda: outcomes(mailer, message_id) == ["expired"])
+    [event] = events(mailer.log, event="job", job=message_id)
+    assert event["level"] == "WARNING"
+
+
+@pytest.mark.parametrize("body, properties", [
+    (b"{", {}), (b"{}", {"content_type": "text/plain"}),
+    (b"{}", {"application_headers": {"compression": "unheard of"}})],
+    ids=["not JSON", "wrong content type", "bad compression header"])
+def test_it_logs_an_error_for_a_job_that_it_cannot_read(mailer, body, properties):
+    message_id = put_raw(mailer.broker, body, **properties)
+
+    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
+    wait_until(lambda: outcomes(mailer, message_id) == ["unreadable"])
+    [event] = events(mailer.log, event="job", job=message_id)
+    assert event["level"] == "ERROR"
+
+
+def test_it_logs_no_line_that_a_malformed_id_forges(mailer, job):
+    forged = "1\r\nevent=job job=2 outcome=sent"
+
+    put(mailer.broker, job, message_id=forged)
+
+    assert take(mailer.broker, DEAD).properties["message_id"] == forged
+    wait_until(lambda: events(mailer.log, job="malformed", outcome="unreadable"))
+    assert not events(mailer.log, event="job", job="2")

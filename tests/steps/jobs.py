@@ -1,6 +1,11 @@
-"""What the tests do with the queues, as verbs. A broker is given as its URL."""
+"""What the tests do with jobs, as verbs: from the queue to the mailbox.
+
+A broker is given as its URL. A mailer is a consumer of the tests' own, with its .broker
+and its mail server, a servers.smtp.SmtpServer, as .smtp.
+"""
 
 import json
+import threading
 import uuid
 from contextlib import contextmanager
 
@@ -8,9 +13,13 @@ import amqp
 from amqp.exceptions import MessageNacked
 from kombu import Connection
 
-from steps import wait_until
+from steps import fresh_email, wait_until
+from steps.logs import events
 
 MAIL, DEAD = "mail", "mail.dead"
+
+
+# -- The queues ------------------------------------------------------------------------
 
 
 @contextmanager
@@ -90,3 +99,36 @@ def delete_queues(broker):
     with channel_to(broker) as channel:
         for queue in MAIL, DEAD:
             channel.queue_delete(queue)
+
+
+# -- The mailer ------------------------------------------------------------------------
+
+
+def arrived(smtp, address, count=1):
+    """Waits for so many mails to an address; gives all that came."""
+    wait_until(lambda: len(smtp.mails_to(address)) >= count)
+    return smtp.mails_to(address)
+
+
+def outcomes(mailer, message_id):
+    """What the consumer's log says about a job, in order."""
+    return [event["outcome"]
+            for event in events(mailer.log, event="job", job=message_id)]
+
+
+def next_mail_arrives(mailer, job):
+    """Whether a job behind all others is mailed: then those before it are settled."""
+    after = job | {"email": fresh_email()}
+    put(mailer.broker, after)
+    return len(arrived(mailer.smtp, after["email"])) == 1
+
+
+@contextmanager
+def held_up(mailer, job):
+    """The consumer waits for its mail server; what the block puts comes in a row."""
+    first, go_on = job | {"email": fresh_email()}, threading.Event()
+    mailer.smtp.replies["CONTENT", first["email"]] = [go_on]
+    put(mailer.broker, first)
+    wait_until(lambda: mailer.smtp.held)
+    yield first["email"]
+    go_on.set()

@@ -32,7 +32,7 @@ bench: .venv/complete
 	$(PYTHON) -m bench $(OPTIONS)
 
 common-passwords: .venv/complete
-	.venv/bin/python tests/common_passwords.py > common-passwords.txt
+	$(PYTHON) tests/test_passwords.py > common-passwords.txt
 
 # Made anew when the locks change. Debian ships venv without what it needs.
 .venv/complete: requirements.lock tests/requirements.lock

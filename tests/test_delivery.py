@@ -10,11 +10,7 @@ import pytest
 from servers.faults import cut_connections
 from servers.process import free_port
 from servers.smtp import DROP, SmtpServer
-from steps import (
-    fresh_email,
-    register,
-    wait_until,
-)
+from steps import fresh_email, register, wait_until
 from steps.jobs import (
     DEAD,
     arrived,

@@ -1,0 +1,58 @@
+"""The files of the program: what they have to have in common."""
+
+import re
+import sys
+
+import pytest
+from servers.process import TOP
+from steps.commands import GOOD, PROGRAM, run
+
+
+def section(file, title):
+    """The lines of a file between one banner and the next."""
+    text = (TOP / file).read_text()
+    return re.search(rf"^# -- {title}.*\n((?:(?!# -- ).*\n)*)", text, re.M)[1].strip()
+
+
+def settings_of(file):
+    """The names of the settings that a file reads, in its order."""
+    return re.findall(r"^[^#\n]*(?:setting|environ\.get)\(\s*\"([A-Z_]+)\"",
+                      (TOP / file).read_text(), re.M)
+
+
+def documented_settings():
+    return re.findall(r"^#?([A-Z_]+)=", (TOP / ".env.example").read_text(), re.M)
+
+
+def test_it_has_the_same_topology_in_both_files():
+    in_service = section("service.py", "Topology")
+
+    assert "mail.dead" in in_service
+    assert in_service == section("consumer.py", "Topology")
+
+
+def test_it_explains_each_setting_in_env_example_and_no_other():
+    read = {name for file in PROGRAM for name in settings_of(file)}
+
+    assert sorted(documented_settings()) == sorted(read)
+
+
+@pytest.mark.parametrize("file", PROGRAM)
+def test_it_reads_the_settings_in_the_order_of_env_example(file):
+    names = settings_of(file)
+
+    assert len(names) > 1
+    assert names == [name for name in documented_settings() if name in names]
+
+
+def test_it_imports_no_third_module():
+    code, modules = run([sys.executable, "-c", """if True:
+        import sys, service, consumer
+        for module in list(sys.modules.values()):
+            if str(getattr(module, "__file__", "")).rpartition("/")[0] == sys.argv[1]:
+                print(module.__name__)
+        """, str(TOP)], **GOOD)
+
+    assert code == 0
+    assert sorted(modules) == ["consumer", "service"]
+    assert sorted(file.name for file in TOP.glob("*.py")) == sorted(PROGRAM)

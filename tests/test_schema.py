@@ -1,0 +1,117 @@
+"""The tables, and the scripts that bring older ones up to date."""
+
+import os
+from contextlib import closing
+
+import psycopg2
+import pytest
+from servers.process import TOP
+
+# What schema.sql contained when the first deployments were made.
+VERSION_1 = """
+    CREATE TABLE users (
+        email          text         PRIMARY KEY,
+        password_hash  text         NOT NULL,
+        code_digest    bytea        NOT NULL,
+        expires_at     timestamptz  NOT NULL,
+        attempts       smallint     NOT NULL DEFAULT 0,
+        registered_at  timestamptz  NOT NULL DEFAULT now(),
+        activated_at   timestamptz  ,
+        CONSTRAINT email_is_canonical
+             CHECK (email = lower(email) AND length(email) <= 254),
+        CONSTRAINT digest_is_sha256 CHECK (octet_length(code_digest) = 32),
+        CONSTRAINT attempts_count_up CHECK (attempts >= 0)
+    );
+    CREATE INDEX users_waiting ON users (registered_at) WHERE activated_at IS NULL;
+    CREATE UNLOGGED TABLE limits (
+        name           text         NOT NULL,
+        subject        text         NOT NULL,
+        count          integer      NOT NULL,
+        expires_at     timestamptz  NOT NULL,
+        PRIMARY KEY (name, subject)
+    ) WITH (fillfactor = 50);
+    CREATE INDEX limits_expired ON limits (expires_at);
+    CREATE FUNCTION tidy() RETURNS trigger LANGUAGE plpgsql
+        SET enable_seqscan = off SET enable_sort = off AS $$
+    BEGIN
+        DELETE FROM limits
+         WHERE (name, subject) IN (
+               SELECT name, subject
+                 FROM limits
+                WHERE expires_at < now()
+                ORDER BY expires_at
+                LIMIT 8
+                  FOR UPDATE SKIP LOCKED);
+        DELETE FROM users
+         WHERE email IN (
+               SELECT email
+                 FROM users
+                WHERE activated_at IS NULL
+                  AND registered_at < now() - interval '1 day'
+                ORDER BY registered_at
+                LIMIT 8
+                  FOR UPDATE SKIP LOCKED);
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER tidy AFTER INSERT OR UPDATE ON limits
+        FOR EACH ROW WHEN (NEW.name LIKE '% client') EXECUTE FUNCTION tidy();
+    """
+
+CONTENTS = """
+    SELECT 'column', table_name, concat_ws(' ', ordinal_position, column_name,
+                                           data_type, column_default, is_nullable)
+      FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL
+    SELECT 'constraint', conrelid::regclass::text, pg_get_constraintdef(oid)
+      FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT 'index', tablename, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL
+    SELECT 'table', relname, concat_ws(' ', relpersistence, reloptions)
+      FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+    UNION ALL
+    SELECT 'function', proname, pg_get_functiondef(oid)
+      FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT 'trigger', tgrelid::regclass::text, pg_get_triggerdef(oid)
+      FROM pg_trigger WHERE NOT tgisinternal
+     ORDER BY 1, 2, 3"""
+
+
+@pytest.fixture
+def contents_after(servers, database):
+    """Runs scripts in an empty database, and lists what is in it then."""
+    name = f"empty_{os.getpid()}"
+    url = f"{servers.postgres.url.rpartition('/')[0]}/{name}"
+
+    def run_them(*scripts):
+        database(f"CREATE DATABASE {name}")
+        with closing(psycopg2.connect(url)) as session:
+            session.autocommit = True
+            cursor = session.cursor()
+            for script in scripts:
+                cursor.execute(script)
+            cursor.execute(CONTENTS)
+            contents = cursor.fetchall()
+        database(f"DROP DATABASE {name}")
+        return contents
+
+    yield run_them
+    database(f"DROP DATABASE IF EXISTS {name}")
+
+
+def test_its_schema_has_no_trigger_and_no_function(contents_after):
+    contents = contents_after((TOP / "sql/schema.sql").read_text())
+
+    assert {kind for kind, *_ in contents} == {"column", "constraint", "index", "table"}
+    assert {table for _, table, _ in contents} == {"users", "limits"}
+
+
+def test_its_later_scripts_turn_an_old_schema_into_the_new_one(contents_after):
+    later = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
+
+    upgraded = contents_after(VERSION_1, *later)
+
+    assert later
+    assert upgraded == contents_after((TOP / "sql/schema.sql").read_text())
+    assert upgraded != contents_after(VERSION_1)

@@ -22,7 +22,6 @@ from steps import (
     code_mailed_to,
     connect,
     fresh_email,
-    mailed_to,
     mails_to,
     problem_in,
     register,
@@ -132,6 +131,13 @@ def test_it_counts_its_client_whatever_that_claims_to_be(edge, database, header)
     assert new["127.0.0.1/32"] == 3
 
 
+def test_it_does_not_pass_health_checks_on(edge):
+    answer = send(edge, "GET", "/healthz")
+
+    assert problem_in(answer) == 404
+    assert send(edge.api, "GET", "/healthz").status == 200
+
+
 # -- Slow clients ----------------------------------------------------------------------
 
 
@@ -195,66 +201,6 @@ def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
     assert problem_in(refused) == 503
     assert refused.headers["Retry-After"] == "2"
     assert healed.status == 202
-
-
-# -- More than the API can take --------------------------------------------------------
-
-
-@pytest.fixture
-def narrow(servers, settings, service):
-    """An edge before an API of one worker with a queue of two; .api is that API."""
-    folder = Path(servers.folder) / f"narrow{secrets.token_hex(4)}"
-    api = Gunicorn(folder / "api", settings | {"WEB_CONCURRENCY": "1"},
-                   options=["--backlog", "2"])
-    with running(api, Edge(folder, api)) as (api, edge):
-        edge.api, edge.maildev_url = api, service.maildev_url
-        yield edge
-
-
-def test_it_sheds_what_is_too_much_and_keeps_nothing_of_it(narrow, database):
-    emails = [fresh_email() for _ in range(60)]
-
-    answers = at_once(*[partial(register, narrow, email) for email in emails])
-
-    taken = [email for email, answer in zip(emails, answers) if answer.status == 202]
-    shed = [email for email, answer in zip(emails, answers) if answer.status == 503]
-    refusals = [answer for answer in answers if answer.status == 503]
-    assert taken and shed and len(taken) + len(shed) == 60
-    assert {problem_in(answer) for answer in refusals} == {503}
-    assert all(0 < int(answer.headers["Retry-After"]) <= 10 for answer in refusals)
-    assert all(mailed_to(narrow, email) for email in taken)
-    assert not any(mails_to(narrow, email) for email in shed)
-    assert database("SELECT email FROM users WHERE email = ANY(%s)", [shed]) == []
-    assert {register(narrow, email).status for email in shed[:12]} == {202}
-
-
-def test_it_does_not_disturb_the_worker_with_what_it_sheds(narrow):
-    answers = at_once(*[partial(register, narrow, fresh_email()) for _ in range(60)])
-
-    def seen():
-        return narrow.api.log.read_text().count("method=POST")
-
-    taken = sum(answer.status == 202 for answer in answers)
-    wait_until(lambda: seen() >= taken)
-    send(narrow, "GET", "/openapi.yaml")      # the worker comes to it after all others
-    wait_until(lambda: "route=/openapi.yaml" in narrow.api.log.read_text())
-    assert seen() == taken < 60
-
-
-def test_it_asks_the_other_api_where_one_is_full(servers, settings, service, narrow):
-    spare = Gunicorn(narrow.folder / "spare", settings)
-    with running(spare, Edge(narrow.folder / "both", narrow.api, spare)) as (_, both):
-        answers = at_once(*[partial(register, both, fresh_email()) for _ in range(20)])
-
-    assert {answer.status for answer in answers} == {202}
-    assert "method=POST" in spare.log.read_text()
-
-
-def test_it_does_not_pass_health_checks_on(edge):
-    answer = send(edge, "GET", "/healthz")
-
-    assert problem_in(answer) == 404
-    assert send(edge.api, "GET", "/healthz").status == 200
 
 
 # -- An API that stops -----------------------------------------------------------------

@@ -7,57 +7,32 @@ instead; the others need to kill servers, so they always have their own.
 import contextlib
 import json
 import os
-import tempfile
 import uuid
-from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg2
 import pytest
-from servers.install import install_missing
 from servers.maildev import MailDev
-from servers.postgres import Postgres
-from servers.process import free_port, running
+from servers.process import free_port
 from servers.program import Consumer, Gunicorn
-from servers.rabbitmq import RabbitMQ
 from servers.smtp import SmtpServer
+from servers.system import running_program, running_servers, settings_for
 from steps import fresh_email, register, wait_until
 from steps.jobs import consumers_of, delete_queues, purge, take_job
-
-TOP = Path(__file__).parent.parent
-
-# Every setting, so that none comes from the environment or a .env of whoever runs this.
-# Limits are out of the way, except where a test is about them.
-SETTINGS = {
-    "SECRET_KEY": "only for the tests, 32 characters and more",
-    "MAIL_FROM": "Registration <registration@example.com>",
-    "SMTP_USERNAME": "", "SMTP_PASSWORD": "", "SMTP_TLS": "none",
-    "CODE_LIFETIME": "60", "CODE_ATTEMPTS": "3",
-    "EMAIL_LIMIT_HOUR": "1000000", "EMAIL_LIMIT_DAY": "1000000",
-    "ACTIVATE_LIMIT_HOUR": "1000000", "IP_LIMIT": "1000000",
-    "TRUSTED_PROXIES": "0", "WEB_CONCURRENCY": "2", "LOG_LEVEL": "INFO"}
 
 
 @pytest.fixture(scope="session")
 def servers():
-    """PostgreSQL with the schema, RabbitMQ and MailDev."""
-    install_missing("PostgreSQL", "RabbitMQ", "MailDev")
-    # Short names, for sockets, and not pytest's own folder: another user must get in.
-    with tempfile.TemporaryDirectory(prefix="reg-") as folder:
-        os.chmod(folder, 0o755)
-        with running(Postgres(folder), RabbitMQ(folder),
-                     MailDev(folder)) as (postgres, rabbitmq, maildev):
-            postgres.psql((TOP / "sql/schema.sql").read_text())
-            yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,
-                                  maildev=maildev)
+    """PostgreSQL with the tables, RabbitMQ and MailDev, in a .folder."""
+    with running_servers(MailDev) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
 def settings(servers):
     """The settings of a process of the program that uses these servers."""
-    return SETTINGS | {
-        "DATABASE_URL": servers.postgres.url, "BROKER_URL": servers.rabbitmq.url,
-        "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(servers.maildev.smtp_port)}
+    return settings_for(servers.postgres.url, servers.rabbitmq.url,
+                        servers.mail_server.smtp_port)
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +44,8 @@ def service(request):
         return
     servers = request.getfixturevalue("servers")
     settings = request.getfixturevalue("settings")
-    folder = Path(servers.folder)
-    with running(Gunicorn(folder / "api", settings),
-                 Consumer(folder / "consumer", settings)) as (api, consumer):
-        api.maildev_url = f"http://127.0.0.1:{servers.maildev.web_port}"
+    with running_program(servers.folder / "service", settings) as (api, consumer):
+        api.maildev_url = servers.mail_server.web_url
         api.consumer = consumer
         yield api
 
@@ -117,13 +90,13 @@ def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
     names = ["queue", "mailer", "faults", "spare"]
     everything = dict.fromkeys(["configure", "write", "read"], ".*")
-    file = Path(servers.folder) / "definitions.json"
+    file = servers.folder / "definitions.json"
     file.write_text(json.dumps({
         "vhosts": [{"name": name} for name in names],
         "permissions": [{"user": "guest", "vhost": name} | everything
                         for name in names]}))
     servers.rabbitmq.ctl("import_definitions", str(file))
-    return {name: servers.rabbitmq.url.removesuffix("/") + name for name in names}
+    return {name: servers.rabbitmq.url_of(name) for name in names}
 
 
 @pytest.fixture
@@ -151,7 +124,7 @@ def start_consumer(settings, tmp_path):
 @pytest.fixture(scope="session")
 def queue(servers, settings, brokers):
     """An API whose jobs nobody takes; .broker is their broker."""
-    folder = Path(servers.folder) / "queue"
+    folder = servers.folder / "queue"
     with Gunicorn(folder, settings | {"BROKER_URL": brokers["queue"]}) as api:
         api.broker = brokers["queue"]
         yield api
@@ -176,7 +149,7 @@ def smtp():
 def mailer_of_module(servers, settings, brokers):
     smtp, broker = SmtpServer(free_port()), brokers["mailer"]
     settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
-    with Consumer(Path(servers.folder) / "mailer", settings) as consumer:
+    with Consumer(servers.folder / "mailer", settings) as consumer:
         wait_until(lambda: consumers_of(broker))
         consumer.broker, consumer.smtp = broker, smtp
         yield consumer

@@ -10,6 +10,7 @@ import pytest
 from servers.faults import cut_connections
 from servers.process import free_port
 from servers.smtp import DROP, SmtpServer
+from servers.system import SENDER
 from steps import fresh_email, register, wait_until
 from steps.jobs import (
     DEAD,
@@ -23,9 +24,6 @@ from steps.jobs import (
     waiting_in,
 )
 from steps.logs import events
-
-SENDER = "registration@example.com"     # of MAIL_FROM in the settings
-
 
 # -- Until the deadline, and not after it ----------------------------------------------
 

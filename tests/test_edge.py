@@ -5,7 +5,6 @@ import re
 import secrets
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg2
@@ -39,7 +38,7 @@ HIDDEN = b"DELETE /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
 def edge(servers, settings, service):
     """The edge; .api is its first API and .spare the other."""
     install_missing("nginx")
-    folder = Path(servers.folder) / "edge"      # as root, nginx works as somebody else
+    folder = servers.folder / "edge"      # as root, nginx works as somebody else
     behind = settings | {"TRUSTED_PROXIES": "1"}
     apis = Gunicorn(folder / "api", behind), Gunicorn(folder / "2", behind)
     with running(*apis, Edge(folder, *apis)) as (api, spare, edge):
@@ -276,7 +275,7 @@ def test_no_request_reaches_the_api_inside_of_another(edge, request_):
 
 
 def test_it_logs_nothing_of_what_a_stranger_sends(servers, edge):
-    word, folder = secrets.token_hex(8), Path(servers.folder) / "logged"
+    word, folder = secrets.token_hex(8), servers.folder / "logged"
 
     # An edge of its own: the other may still log requests of the tests before.
     with Edge(folder, edge.api, edge.spare) as logged:

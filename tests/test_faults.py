@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +27,8 @@ from servers.faults import (
     statements_waiting,
     timed,
 )
-from servers.process import running, tree
-from servers.program import Consumer, Gunicorn
+from servers.process import tree
+from servers.system import running_program
 from steps import (
     activate,
     at_once,
@@ -51,12 +50,10 @@ ANOTHER = "another fine password"
 @pytest.fixture(scope="module")
 def system_of_module(servers, settings, brokers):
     changed = settings | {"BROKER_URL": brokers["faults"], "CODE_LIFETIME": "600"}
-    folder = Path(servers.folder) / "faults"
-    with running(Gunicorn(folder, changed),
-                       Consumer(folder, changed)) as (api, consumer):
+    with running_program(servers.folder / "faults", changed) as (api, consumer):
         yield SimpleNamespace(
             api=api, consumer=consumer, broker=brokers["faults"], url=api.url,
-            maildev_url=servers.maildev.web_url)
+            maildev_url=servers.mail_server.web_url)
 
 
 @pytest.fixture
@@ -321,7 +318,7 @@ def test_it_counts_no_activation_whose_commit_failed(servers, system, at_commit)
 def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
     email, before = fresh_email(), processes(system)
 
-    with outage(servers.maildev):
+    with outage(servers.mail_server):
         accepted = timed(lambda: register(system, email))
         wait_until(lambda: waiting_in(system.broker) == 0)
 

@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 import pytest
 from servers.process import TOP
 from servers.program import Consumer
+from servers.system import SENDER
 from steps import (
     activate,
     activated,
@@ -19,8 +20,6 @@ from steps import (
     wait_until,
 )
 from steps.jobs import arrived, consumers_of, next_mail_arrives, put
-
-SENDER = "registration@example.com"     # of MAIL_FROM in the settings
 
 
 def test_it_mails_the_code_as_text_and_as_html(service):

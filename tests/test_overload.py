@@ -2,7 +2,6 @@
 
 import secrets
 from functools import partial
-from pathlib import Path
 
 import pytest
 from servers.edge import Edge
@@ -25,7 +24,7 @@ from steps import (
 def narrow(servers, settings, service):
     """An edge before an API of one worker with a queue of two; .api is that API."""
     install_missing("nginx")
-    folder = Path(servers.folder) / f"narrow{secrets.token_hex(4)}"
+    folder = servers.folder / f"narrow{secrets.token_hex(4)}"
     api = Gunicorn(folder / "api", settings | {"WEB_CONCURRENCY": "1"},
                    options=["--backlog", "2"])
     with running(api, Edge(folder, api)) as (api, edge):

@@ -82,7 +82,7 @@ CONTENTS = """
 def contents_after(servers, database):
     """Runs scripts in an empty database, and lists what is in it then."""
     name = f"empty_{os.getpid()}"
-    url = f"{servers.postgres.url.rpartition('/')[0]}/{name}"
+    url = servers.postgres.url_of(name)
 
     def run_them(*scripts):
         database(f"CREATE DATABASE {name}")

@@ -275,7 +275,7 @@ class ConsumerWithSilentDns(Consumer):
 
 
 def test_it_answers_503_in_time_while_the_dns_server_is_silent(servers, settings):
-    folder = Path(servers.folder) / "dns"     # a short name, as a socket needs
+    folder = servers.folder / "dns"     # a short name, as a socket needs
     api = ApiWithSilentDns(
         folder, settings | NAMES | {"RES_OPTIONS": resolver_options()})
     api.socket = folder / "socket"

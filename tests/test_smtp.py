@@ -6,11 +6,9 @@ import subprocess
 import pytest
 from servers.process import free_port
 from servers.smtp import SmtpServer
+from servers.system import SENDER
 from steps import fresh_email, wait_until
 from steps.jobs import DEAD, arrived, held_up, outcomes, put, waiting_in
-
-SENDER = "registration@example.com"     # of MAIL_FROM in the settings
-
 
 # -- Sessions --------------------------------------------------------------------------
 

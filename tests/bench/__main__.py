@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
@@ -34,7 +33,6 @@ from statistics import mean, median
 from types import SimpleNamespace
 
 import amqp
-import conftest
 import steps
 from kombu import Connection
 from servers.edge import Edge
@@ -51,8 +49,14 @@ from servers.process import (
     running,
     tree,
 )
-from servers.program import Consumer, Gunicorn, Program
+from servers.program import Gunicorn, Program
 from servers.rabbitmq import RabbitMQ
+from servers.system import (
+    create_tables,
+    running_program,
+    settings_for,
+    temporary_folder,
+)
 from steps import jobs
 
 from bench import draw
@@ -99,7 +103,7 @@ class Helper(Server):
 
 
 class Outside(Helper):
-    """The callers and the mail server; .port is its."""
+    """The callers and the mail server."""
 
     name = "outside"
 
@@ -107,7 +111,7 @@ class Outside(Helper):
         return [Path(__file__).with_name("outside.py")]
 
     def answers(self):
-        self.port = int(self.process.stdout.readline())
+        self.smtp_port = int(self.process.stdout.readline())
         return True
 
     def do(self, command, /, **arguments):
@@ -140,8 +144,7 @@ def system():
     """All that runs from beginning to end: the program, with version 1 as its .old."""
     install_missing("PostgreSQL", "RabbitMQ", "nginx")
     home = version_1()
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        os.chmod(folder, 0o755)     # PostgreSQL and nginx run as other users
+    with temporary_folder() as folder:
         servers = Postgres(folder), RabbitMQ(folder)
         hashers = [Hasher(folder) for _ in range(CORES)]
         with running(*servers, *hashers), \
@@ -177,27 +180,21 @@ def program(servers, name, home, python):
     rabbitmq.ctl("add_vhost", name)
     rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
     with Outside(folder) as outside:
-        settings = conftest.SETTINGS | {
-            "DATABASE_URL": database(postgres, name, home),
-            "BROKER_URL": rabbitmq.url.removesuffix("/") + name,
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(outside.port),
-            "CODE_LIFETIME": "900"}
-        settings.pop("WEB_CONCURRENCY", None)   # each version has its own default
-        processes = Gunicorn(folder, settings), Consumer(folder, settings)
-        for process in processes:
-            process.cwd, process.python = home, python
-        with running(*processes) as (api, consumer):
+        settings = settings_for(
+            new_database(postgres, name, home), rabbitmq.url_of(name),
+            outside.smtp_port, CODE_LIFETIME="900",
+            WEB_CONCURRENCY=None)               # each version has its own default
+        with running_program(folder, settings, home, python) as (api, consumer):
             yield SimpleNamespace(
                 name=name, folder=folder, settings=settings, postgres=postgres,
                 rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
 
 
-def database(postgres, name, home):
-    """The URL of a new database with the tables of that version."""
+def new_database(postgres, name, home):
+    """The URL of a database with the tables of that version."""
     postgres.psql(f"CREATE DATABASE {name}")
-    url = postgres.url.rpartition("/")[0] + "/" + name
-    psql(url, (home / "sql/schema.sql").read_text())
-    return url
+    create_tables(postgres, name, home)
+    return postgres.url_of(name)
 
 
 @contextmanager
@@ -214,10 +211,6 @@ def behind_the_edge(here):
     with another_api(here, options=BACKLOG, TRUSTED_PROXIES="1") as api, \
             Edge(api.folder / "edge", api) as edge:
         yield api, edge
-
-
-def psql(url, sql):
-    return run([find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", url], input=sql)
 
 
 # -- What is measured ------------------------------------------------------------------
@@ -494,8 +487,8 @@ def picture(found):
 
 def limited(here, seconds, rounds=5):
     """429 against a route that does one upsert."""
-    psql(here.settings["DATABASE_URL"], "CREATE UNLOGGED TABLE visits (name text "
-         "PRIMARY KEY, count integer) WITH (fillfactor = 50)")
+    here.postgres.psql("CREATE UNLOGGED TABLE visits (name text PRIMARY KEY, count "
+                       "integer) WITH (fillfactor = 50)", here.name)
     refused, upserts = [], []
     with another_api(here, IP_LIMIT="60") as api, another_api(here, Limit) as limit:
         ask(here, "register", 2, port=api.port, statuses=["202", "429"])
@@ -520,7 +513,7 @@ def mails(here, seconds, rounds=5):
         fill_queue(here.settings["BROKER_URL"], count, number)
         here.consumer.start()
         done = here.outside.do("count_mails", count=count)
-        with smtp_loop(here.outside.port, count, done.example):
+        with smtp_loop(here.outside.smtp_port, count, done.example):
             most = here.outside.do("count_mails", count=count)
         assert done.mails == most.mails == count, (done.mails, most.mails)
         found.append(count / done.seconds)
@@ -567,10 +560,10 @@ def delays(here, seconds):
 
 def accounts(here, seconds, rounds=20):
     """Registrations one at a time, with a big table and with an empty one."""
-    urls = {name: database(here.postgres, name, OPTIONS.program)
+    urls = {name: new_database(here.postgres, name, OPTIONS.program)
             for name in ("many", "none")}
     begin = time.monotonic()
-    psql(urls["many"], FILL.format(accounts=OPTIONS.accounts))
+    here.postgres.psql(FILL.format(accounts=OPTIONS.accounts), "many")
     say(f"{OPTIONS.accounts:,} accounts made in {time.monotonic() - begin:.0f} s")
     found = {"many": [], "none": []}
     with another_api(here, DATABASE_URL=urls["many"]) as many, \

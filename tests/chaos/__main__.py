@@ -12,18 +12,13 @@ import argparse
 import os
 import random
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 from servers.faults import alarmed, cut_connections, cut_sessions, full, killed, paused
-from servers.install import install_missing
-from servers.postgres import Postgres
-from servers.process import TOP, running, tree
-from servers.program import Consumer, Gunicorn
-from servers.rabbitmq import RabbitMQ
+from servers.process import tree
 from servers.sink import Sink
+from servers.system import whole_system
 
 from chaos import load
 from chaos.account import account
@@ -52,7 +47,7 @@ def kill_worker(api):
 
 def faults(system):
     """Each as (name, whether of the database, how, shortest and longest seconds)."""
-    postgres, rabbitmq, mail = system.postgres, system.rabbitmq, system.mail
+    postgres, rabbitmq, mail = system.postgres, system.rabbitmq, system.mail_server
     api, consumer, longer = system.api, system.consumer, load.LIFETIME + 4
     return [
         ("consumer killed", False, lambda: killed(consumer), 0.2, 4),
@@ -106,41 +101,24 @@ def processes(system):
             for pid in tree(each.process.pid)}
 
 
-@contextmanager
-def whole_system(folder, **changes):
-    """Servers, API and consumer; bench/clock.py uses it, too."""
-    with running(Postgres(folder), RabbitMQ(folder),
-                       Sink(folder)) as (postgres, rabbitmq, mail):
-        postgres.psql((TOP / "sql/schema.sql").read_text())
-        settings = load.SETTINGS | {
-            "DATABASE_URL": postgres.url, "BROKER_URL": rabbitmq.url,
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), **changes}
-        with running(Gunicorn(folder, settings),
-                           Consumer(folder, settings)) as (api, consumer):
-            yield SimpleNamespace(postgres=postgres, rabbitmq=rabbitmq, mail=mail,
-                                  api=api, consumer=consumer)
-
-
 def main():
     parser = argparse.ArgumentParser("chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
-    install_missing("PostgreSQL", "RabbitMQ")
-    with tempfile.TemporaryDirectory(prefix="reg-") as folder:
-        os.chmod(folder, 0o755)     # PostgreSQL runs as another user
-        with whole_system(folder) as system:
-            callers = load.Load([system.api], system.mail, options.seed)
-            callers.start()
-            try:
-                time.sleep(5)
-                done, failures = run(system, callers, options.rounds,
-                                     random.Random(options.seed))
-            finally:
-                callers.finish()
-            failures += account(callers, done, system.postgres.url, system.rabbitmq.url,
-                                [system.api], [system.consumer])
+    with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME),
+                      WEB_CONCURRENCY=None) as system:
+        callers = load.Load([system.api], system.mail_server, options.seed)
+        callers.start()
+        try:
+            time.sleep(5)
+            done, failures = run(system, callers, options.rounds,
+                                 random.Random(options.seed))
+        finally:
+            callers.finish()
+        failures += account(callers, done, system.postgres.url, system.rabbitmq.url,
+                            [system.api], [system.consumer])
     return "\n".join(failures)
 
 

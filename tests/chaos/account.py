@@ -22,10 +22,11 @@ import argon2
 import psycopg2
 import steps
 from psycopg2.extras import NamedTupleCursor
+from servers.system import SETTINGS
 from steps.jobs import DEAD, take_all
 from steps.logs import events
 
-from chaos.load import LIFETIME, PATIENCE, SETTINGS, Fault
+from chaos.load import LIFETIME, PATIENCE, Fault
 
 
 def account(load, faults, database, broker, apis, consumers):

@@ -15,19 +15,22 @@ import random
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from itertools import pairwise
-from pathlib import Path
 
 import steps
 from servers.install import find, install_missing
 from servers.postgres import Postgres
-from servers.process import ROOT, TOP, Server, free_port, run, running, says
-from servers.program import Consumer, Gunicorn
+from servers.process import ROOT, Server, free_port, run, running, says
 from servers.rabbitmq import RabbitMQ
 from servers.sink import Sink
+from servers.system import (
+    create_tables,
+    running_program,
+    settings_for,
+    temporary_folder,
+)
 
 from chaos import load
 from chaos.account import account
@@ -109,7 +112,7 @@ def cluster(folder, machines):
 def replicated(folder, machines):
     """A primary with the schema, and its synchronous standby."""
     primary = machines.enter_context(Postgres(folder / "primary"))
-    primary.psql((TOP / "sql/schema.sql").read_text())
+    create_tables(primary)
     standby = machines.enter_context(Standby(folder / "standby", primary))
     primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
     primary.psql("SELECT pg_reload_conf()")
@@ -118,14 +121,17 @@ def replicated(folder, machines):
     return primary, standby
 
 
-def programs(folder, machines, settings, urls):
+def programs(folder, machines, brokers, database, smtp_port):
     """Two of each; the second ones try the broker's hosts in another order."""
     apis, consumers = [], []
     for number in (0, 1):
-        env = settings | {"BROKER_URL": ";".join(urls[number:] + urls[:number])}
+        settings = settings_for(
+            database, ";".join(brokers[number:] + brokers[:number]), smtp_port,
+            CODE_LIFETIME=str(load.LIFETIME), WEB_CONCURRENCY=None)
         place = folder / f"program{number}"
-        apis.append(machines.enter_context(Gunicorn(place, env)))
-        consumers.append(machines.enter_context(Consumer(place, env)))
+        api, consumer = machines.enter_context(running_program(place, settings))
+        apis.append(api)
+        consumers.append(consumer)
     return apis, consumers
 
 
@@ -192,17 +198,14 @@ def main():
     load.say(f"seed {options.seed}")
     install_missing("PostgreSQL", "RabbitMQ")
     faults, chance = [], random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="reg-") as name, ExitStack() as machines:
-        folder = Path(name)
-        folder.chmod(0o755)     # PostgreSQL runs as another user
+    with temporary_folder() as folder, ExitStack() as machines:
         mail = machines.enter_context(Sink(folder))
         primary, standby = replicated(folder, machines)
         nodes = cluster(folder, machines)
-        settings = load.SETTINGS | {
-            "DATABASE_URL": f"postgresql://registration@127.0.0.1:{primary.port},"
-            f"127.0.0.1:{standby.port}/registration?target_session_attrs=read-write",
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port)}
-        apis, consumers = programs(folder, machines, settings, [n.url for n in nodes])
+        database = (f"postgresql://registration@127.0.0.1:{primary.port},127.0.0.1:"
+                    f"{standby.port}/registration?target_session_attrs=read-write")
+        apis, consumers = programs(
+            folder, machines, [node.url for node in nodes], database, mail.smtp_port)
 
         callers = load.Load(apis, mail, options.seed, rate=6)
         callers.start()
@@ -217,7 +220,7 @@ def main():
                 callers, primary, standby, faults, chance.uniform(0.5, 3))))
         finally:
             callers.finish()
-        failures = account(callers, faults, settings["DATABASE_URL"], nodes[0].url,
+        failures = account(callers, faults, database, nodes[0].url,
                            apis, consumers)
     failures += [f"the {server}'s gap of {gap:.1f} s is over {AIMS[server]} s"
                  for server, gap in gaps if gap > AIMS[server]]

@@ -17,14 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import conftest
 import steps
 
 LIFETIME = 20       # seconds a code lives: most outages are shorter
 PATIENCE = 5        # seconds within which everything has to be answered
 CLIENTS = 12        # threads: while some wait for a slow answer, others go on
-SETTINGS = conftest.SETTINGS | {"CODE_LIFETIME": str(LIFETIME)}
-del SETTINGS["WEB_CONCURRENCY"]     # as many workers as by default
 
 
 def say(text):

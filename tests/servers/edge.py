@@ -12,7 +12,7 @@ EDGE = yaml.safe_load((TOP / "docker-compose.yml").read_text())["services"]["edg
 class Edge(Server):
     """nginx. The first API gets every request; the others get what it does not take."""
 
-    name = "the edge"
+    name = "nginx"
 
     def __init__(self, folder, *apis):
         super().__init__(folder)

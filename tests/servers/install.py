@@ -12,7 +12,7 @@ from pathlib import Path
 from servers.process import LOCAL, ROOT, run
 
 MAILDEV = "2.2.1"
-PACKAGES = {  # {program: package of Debian}
+PACKAGES = {  # by a server's name: {program: package of Debian}
     "PostgreSQL": {"initdb": "postgresql"},
     "RabbitMQ": {"rabbitmq-server": "rabbitmq-server"},
     "MailDev": {"node": "nodejs", "npm": "npm"},
@@ -36,7 +36,8 @@ def find(program):
 def install_missing(*servers):
     """Installs what these servers need, if we may; else exits, saying what to do."""
     missing = {package: server for server in servers
-               for program, package in PACKAGES[server].items() if not find(program)}
+               for program, package in PACKAGES.get(server, {}).items()
+               if not find(program)}
     packages, names = " ".join(missing), ", ".join(dict.fromkeys(missing.values()))
     if missing and not (ROOT and find("apt-get")):
         sys.exit(f"missing for {names}: sudo apt-get install {packages}")

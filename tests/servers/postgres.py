@@ -21,7 +21,7 @@ class Postgres(Server):
     def __init__(self, folder, port=None):
         super().__init__(folder)
         self.port = port or free_port()
-        self.url = f"postgresql://registration@127.0.0.1:{self.port}/registration"
+        self.url = self.url_of("registration")
         self.log = self.folder / "postgres.log"
         self.data = self.folder / "postgres"
         if ROOT:  # which PostgreSQL refuses to be
@@ -58,7 +58,10 @@ class Postgres(Server):
         with suppress(RuntimeError):
             return self.psql("SELECT 'yes'")
 
-    def psql(self, sql):
+    def psql(self, sql, database="registration"):
         """What psql prints for any number of statements, bare."""
-        return run([find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1", self.url],
-                   input=sql)
+        return run([find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1",
+                    self.url_of(database)], input=sql)
+
+    def url_of(self, database):
+        return f"postgresql://registration@127.0.0.1:{self.port}/{database}"

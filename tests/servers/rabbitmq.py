@@ -19,7 +19,7 @@ class RabbitMQ(Server):
     def __init__(self, folder, port=None):
         super().__init__(Path(folder, "rabbitmq"))
         self.port = port or free_port()
-        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        self.url = self.url_of("/")
         self.log = self.folder / "rabbitmq.log"
         self.cwd = self.folder
         self.env = {
@@ -57,6 +57,9 @@ class RabbitMQ(Server):
 
     def answers(self):
         return says(self.port, b"AMQP\0\0\x09\x01")  # it listens when all else is ready
+
+    def url_of(self, vhost):
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/{vhost}"
 
     def ctl(self, *arguments):
         """What rabbitmqctl prints for this node."""

@@ -17,6 +17,7 @@ from servers.postgres import Postgres
 from servers.process import LOCAL, TOP, interrupt, running, taken
 from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
+from servers.system import create_tables
 
 WELCOME = """
 API   http://localhost:8000/
@@ -58,8 +59,8 @@ def main():
     for process in program:
         process.log = None
     with running(*servers):
-        if Postgres in private and not postgres.psql("SELECT to_regclass('users')"):
-            postgres.psql((TOP / "sql/schema.sql").read_text())
+        if Postgres in private:
+            create_tables(postgres)
         with running(*program):
             mail = "http://localhost:1080/" if MailDev in private else env["SMTP_HOST"]
             print(WELCOME.format(mail=mail), flush=True)

@@ -25,14 +25,15 @@ class Sink(Server):
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.port, self.record = free_port(), self.folder / "mails"
+        self.smtp_port, self.record = free_port(), self.folder / "mails"
         self.record.touch()
 
     def command(self):
-        return [sys.executable, "-m", "servers.sink", str(self.port), self.record]
+        return [sys.executable, "-m", "servers.sink", str(self.smtp_port),
+                self.record]
 
     def answers(self):
-        return says(self.port)
+        return says(self.smtp_port)
 
 
 class Record:

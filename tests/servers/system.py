@@ -1,0 +1,97 @@
+"""The whole system, set up: settings, tables, servers, and the program on top of them.
+
+    with whole_system(Sink, CODE_LIFETIME="20") as system:
+        register(system.api, "ann@example.com")
+
+conftest.py, chaos/, bench/ and run.py put theirs together from what is here.
+"""
+
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from servers.install import install_missing
+from servers.postgres import Postgres
+from servers.process import TOP, running
+from servers.program import Consumer, Gunicorn
+from servers.rabbitmq import RabbitMQ
+
+SENDER = "registration@example.com"
+
+# Every setting, so that none comes from the environment or a .env of whoever runs this.
+# Limits are out of the way, except where a test is about them.
+SETTINGS = {
+    "SECRET_KEY": "only for the tests, 32 characters and more",
+    "MAIL_FROM": f"Registration <{SENDER}>",
+    "SMTP_USERNAME": "", "SMTP_PASSWORD": "", "SMTP_TLS": "none",
+    "CODE_LIFETIME": "60", "CODE_ATTEMPTS": "3",
+    "EMAIL_LIMIT_HOUR": "1000000", "EMAIL_LIMIT_DAY": "1000000",
+    "ACTIVATE_LIMIT_HOUR": "1000000", "IP_LIMIT": "1000000",
+    "TRUSTED_PROXIES": "0", "WEB_CONCURRENCY": "2", "LOG_LEVEL": "INFO"}
+
+
+def settings_for(database_url, broker_url, smtp_port, **changes):
+    """The settings of a process of the program that uses these servers.
+
+    A change to None takes a setting away: the program's own default counts.
+    """
+    settings = SETTINGS | {
+        "DATABASE_URL": database_url, "BROKER_URL": broker_url,
+        "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(smtp_port)} | changes
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@contextmanager
+def temporary_folder():
+    """One with a short name, for sockets, that other users can get into.
+
+    As root, PostgreSQL and nginx run as such.
+    """
+    with tempfile.TemporaryDirectory(prefix="reg-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def create_tables(postgres, database="registration", home=TOP):
+    """Those of the program in the folder home, unless the database has them."""
+    if not postgres.psql("SELECT to_regclass('users')", database):
+        postgres.psql((home / "sql/schema.sql").read_text(), database)
+
+
+@contextmanager
+def running_servers(mail_server):
+    """PostgreSQL with the tables, RabbitMQ, and a mail server: MailDev or Sink."""
+    install_missing(Postgres.name, RabbitMQ.name, mail_server.name)
+    with temporary_folder() as folder, running(
+            Postgres(folder), RabbitMQ(folder), mail_server(folder)) as servers:
+        postgres, rabbitmq, mail_server = servers
+        create_tables(postgres)
+        yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,
+                              mail_server=mail_server)
+
+
+@contextmanager
+def running_program(folder, settings, home=TOP, python=sys.executable):
+    """An API and a consumer, with their logs in a folder: (API, consumer).
+
+    home is the folder of the program itself.
+    """
+    processes = Gunicorn(folder, settings), Consumer(folder, settings)
+    for process in processes:
+        process.cwd, process.python = home, python
+    with running(*processes):
+        yield processes
+
+
+@contextmanager
+def whole_system(mail_server, **changes):
+    """Both, with changed settings: what running_servers() gives, .api and .consumer."""
+    with running_servers(mail_server) as system:
+        settings = settings_for(system.postgres.url, system.rabbitmq.url,
+                                system.mail_server.smtp_port, **changes)
+        with running_program(system.folder / "program", settings) as processes:
+            system.api, system.consumer = processes
+            yield system

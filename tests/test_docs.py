@@ -10,6 +10,7 @@ import openapi_spec_validator
 import pytest
 import yaml
 from openapi_schema_validator import OAS31Validator
+from servers.process import TOP
 from steps import (
     ACTIVATE,
     JSON,
@@ -26,7 +27,6 @@ from steps import (
     wrong,
 )
 
-TOP = Path(__file__).parent.parent
 DOCUMENT = yaml.safe_load((TOP / "openapi.yaml").read_text())
 OPERATIONS = {operation["operationId"]: operation
               for path in DOCUMENT["paths"].values() for operation in path.values()}
@@ -79,7 +79,7 @@ def resolved(node):
     return node
 
 
-def faults(schema, value):
+def violations(schema, value):
     """What about a value is not as its schema says."""
     validator = OAS31Validator(schema | {"components": DOCUMENT["components"]})
     return [error.message for error in validator.iter_errors(value)]
@@ -101,14 +101,14 @@ def assert_documented(answer, operation, status):
     assert answer.status < 400 or problem_in(answer) == answer.status
     assert answer.headers["Content-Type"] == media_type
     assert answer.json in examples_in(content)
-    assert not faults(content["schema"], answer.json)
+    assert not violations(content["schema"], answer.json)
     for name, header in documented.get("headers", {}).items():
         header, text = resolved(header), answer.headers[name]
         if text is None:
             assert not header.get("required"), f"no {name}"
         else:
             is_number = header["schema"].get("type") == "integer"
-            assert not faults(header["schema"], int(text) if is_number else text)
+            assert not violations(header["schema"], int(text) if is_number else text)
 
 
 def with_examples(node):
@@ -131,7 +131,7 @@ def test_its_examples_follow_its_own_schemas():
     examples = list(with_examples(DOCUMENT))
 
     assert len(examples) > 10
-    assert not [fault for pair in examples for fault in faults(*pair)]
+    assert not [violation for pair in examples for violation in violations(*pair)]
 
 
 @pytest.mark.parametrize("operation", ["register", "activate"])

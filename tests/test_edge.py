@@ -3,13 +3,13 @@
 import json
 import re
 import secrets
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import psycopg2
 import pytest
 from servers.edge import Edge
+from servers.faults import down
 from servers.install import install_missing
 from servers.process import running
 from servers.program import Gunicorn
@@ -44,18 +44,6 @@ def edge(servers, settings, service):
     with running(*apis, Edge(folder, *apis)) as (api, spare, edge):
         edge.api, edge.spare, edge.maildev_url = api, spare, service.maildev_url
         yield edge
-
-
-@contextmanager
-def without(*apis):
-    """They are stopped in the block, and work again after it."""
-    for api in apis:
-        api.stop()
-    try:
-        yield
-    finally:
-        for api in apis:
-            api.start()
 
 
 def answer_to(edge, request):
@@ -193,7 +181,7 @@ def test_its_own_errors_are_problems_too(edge, request_, status):
 
 
 def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
-    with without(edge.api, edge.spare):
+    with down(edge.api), down(edge.spare):
         refused = register(edge, fresh_email())
     healed = register(edge, fresh_email())
 
@@ -206,7 +194,7 @@ def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
 
 
 def test_it_asks_another_api_where_one_is_stopped(edge):
-    with without(edge.api):
+    with down(edge.api):
         statuses = [register(edge, fresh_email()).status for _ in range(5)]
 
     assert statuses == [202] * 5
@@ -279,7 +267,7 @@ def test_it_logs_nothing_of_what_a_stranger_sends(servers, edge):
 
     # An edge of its own: the other may still log requests of the tests before.
     with Edge(folder, edge.api, edge.spare) as logged:
-        with without(edge.api):      # which nginx reports, if its error log lets it
+        with down(edge.api):      # which nginx reports, if its error log lets it
             send(logged, "GET", f"/{word}?{word}",
                  headers={"Referer": word, "Cookie": word})
         register(logged, f"{word}@example.com", PASSWORD, X_Y=word)

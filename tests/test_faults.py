@@ -1,8 +1,8 @@
-"""Servers that are down, paused, full or cut off; and processes that are killed.
+"""Servers that are down, paused, alarmed, read-only, full or cut; killed processes.
 
 Each fault is real. While it lasts, the API answers 503 within 5 seconds and keeps
 nothing; when it is over, everything works again by itself, with the same processes.
-test_slow_world.py is about answers that come late or not at all.
+test_slow_world.py is about answers that come late.
 """
 
 import contextlib
@@ -22,10 +22,8 @@ from servers.faults import (
     full,
     paused,
     read_only,
-    refused_in_time,
     row_locked,
     statements_waiting,
-    timed,
 )
 from servers.process import tree
 from servers.system import running_program
@@ -36,9 +34,11 @@ from steps import (
     fresh_email,
     little_memory_for,
     mails_to,
+    refused_in_time,
     register,
     registered,
     send,
+    timed,
     wait_until,
     workers_of,
 )
@@ -311,7 +311,7 @@ def test_it_counts_no_activation_whose_commit_failed(servers, system, at_commit)
     assert activate(system, email, code).status == 200
 
 
-# -- Trouble with the mail server ------------------------------------------------------
+# -- Outages of the mail server ------------------------------------------------------
 
 
 @pytest.mark.parametrize("outage", [down, paused])
@@ -327,7 +327,7 @@ def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
     assert processes(system) == before
 
 
-# -- Power cuts ------------------------------------------------------------------------
+# -- Killed servers and processes ------------------------------------------------------
 
 
 def test_it_keeps_waiting_jobs_and_registrations_through_power_cuts(servers, system):

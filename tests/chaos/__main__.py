@@ -57,19 +57,19 @@ def faults(system):
         ("RabbitMQ killed", False, lambda: killed(rabbitmq), 0.2, 2),
         ("mail server killed", False, lambda: killed(mail), 0.5, 6),
         ("mail server killed, for long", False, lambda: killed(mail), longer, longer),
-        ("database sessions cut", True, lambda: at_once(
+        ("PostgreSQL's sessions cut", True, lambda: at_once(
             lambda: cut_sessions(postgres)), 0, 0),
-        ("broker connections cut", False, lambda: at_once(
+        ("RabbitMQ's connections cut", False, lambda: at_once(
             lambda: cut_connections(rabbitmq)), 0, 0),
         ("PostgreSQL paused", True, lambda: paused(postgres), 1, 6),
         ("RabbitMQ paused", False, lambda: paused(rabbitmq), 1, 6),
-        ("memory alarm", False, lambda: alarmed(rabbitmq), 1, 4),
-        ("queue full", False, lambda: queue_full(rabbitmq, consumer), 3, 6)]
+        ("RabbitMQ alarmed", False, lambda: alarmed(rabbitmq), 1, 4),
+        ("RabbitMQ's queue full", False, lambda: queue_full(rabbitmq, consumer), 3, 6)]
 
 
 OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
-         "database sessions cut", "PostgreSQL paused"}     # they are soon over
-ENDS_ONE = {"consumer killed", "gunicorn worker killed", "queue full"}
+         "PostgreSQL's sessions cut", "PostgreSQL paused"}     # they are soon over
+ENDS_ONE = {"consumer killed", "gunicorn worker killed", "RabbitMQ's queue full"}
 
 
 # -- The run ---------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def lose_leader(callers, nodes, faults):
     with faults[-1].under(callers):
         leader.kill()
     time.sleep(5)
-    gap = print_gaps(callers, faults[-1].began, f"after {leader.name} died")
+    gap = print_gaps(callers, faults[-1].began, f"after {leader.name} was killed")
     faults.append(load.Fault("it comes back", False))
     with faults[-1].under(callers):
         leader.start()
@@ -192,7 +192,8 @@ def print_gaps(callers, since, text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often a leader dies")
+    parser.add_argument("--rounds", type=int, default=3,
+                        help="how often a leader is killed")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = parser.parse_args()
     load.say(f"seed {options.seed}")

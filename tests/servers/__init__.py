@@ -4,9 +4,14 @@ conftest.py uses it for the tests; `make run`, chaos/ and bench/ use it, too. Al
 listens on 127.0.0.1 only, keeps its data below a folder of the caller's, and leaves
 alone what the system runs. Only for Linux (/proc).
 
-Read process.py first: what any server can do, as Server, and running(). Then
-postgres.py, rabbitmq.py, maildev.py, edge.py and program.py, each a server or two;
-install.py installs what they need. run.py is `make run`. faults.py breaks servers. The
-rest stands in for the world: smtp.py and sink.py are mail servers that do as they are
-told, silent_dns.py is a DNS server that never answers.
+    process.py      what any server can do, Server and running(): read it first
+    postgres.py, rabbitmq.py, maildev.py, edge.py (nginx)
+    program.py      the API and the consumer
+    system.py       all of it together, with the settings: read it second
+    install.py      finds and installs what the servers need
+    run.py          make run
+    faults.py       what can go wrong with a server
+    smtp.py         a mail server that answers what a test tells it
+    sink.py         a mail server that can be killed, and whose record outlives it
+    silent_dns.py   a DNS server that never answers
 """

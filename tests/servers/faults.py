@@ -1,11 +1,19 @@
-"""What can go wrong with a server: down, killed, paused, alarmed, read-only, full, cut.
+"""What can go wrong with a server, each thing by its one name.
+
+    down        it was stopped in order
+    killed      SIGKILL to all of it, as by a power cut
+    paused      its connections stay open, and it answers nothing
+    alarmed     RabbitMQ believes that it is out of memory
+    read_only   PostgreSQL takes no writes, as if its disk were full
+    full        RabbitMQ's mail queue takes nothing more
+    cut         the clients lost their connections; the server itself is well
 
     with paused(servers.rabbitmq):
-        ...     # its connections stay open, and it answers nothing
+        ...
 
 Each fault is real. It begins before the block and is over after it. The tests and
-chaos/ use the same ones. A way is a relay to a server, which a test can slow down or
-cut. At the end: what a caller may see of a fault.
+chaos/ use the same ones. way_to() puts a relay before a server, which can be slow or
+break off.
 """
 
 import json
@@ -17,7 +25,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import psycopg2
-from steps import problem_in, wait_until
+from steps import wait_until
 
 from servers.process import free_port
 
@@ -42,7 +50,7 @@ def killed(server):
 
 @contextmanager
 def paused(server):
-    """Its connections stay open, and it answers nothing."""
+    """Connections to it stay open, and it answers nothing."""
     server.pause()
     try:
         yield
@@ -148,20 +156,3 @@ def way_to(url):
         threading.Thread(target=accept, daemon=True).start()
         yield way
         listener.shutdown(socket.SHUT_RDWR)
-
-
-# -- What a caller sees ----------------------------------------------------------------
-
-
-def timed(call):
-    """The answer of a call, with the .seconds that it took."""
-    started = time.monotonic()
-    answer = call()
-    answer.seconds = time.monotonic() - started
-    return answer
-
-
-def refused_in_time(answer):
-    """Whether it is the 503 of an outage, with Retry-After, within 5 seconds."""
-    return (problem_in(answer) == 503 and int(answer.headers["Retry-After"]) > 0
-            and answer.seconds < 5)

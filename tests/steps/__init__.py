@@ -104,6 +104,20 @@ def shown(answer):
     return answer.status, headers, answer.body
 
 
+def timed(call):
+    """The answer of a call, with the .seconds that it took."""
+    started = time.monotonic()
+    answer = call()
+    answer.seconds = time.monotonic() - started
+    return answer
+
+
+def refused_in_time(answer):
+    """Whether it is the 503 of an outage, with Retry-After, within 5 seconds."""
+    return (problem_in(answer) == 503 and int(answer.headers["Retry-After"]) > 0
+            and answer.seconds < 5)
+
+
 def at_once(*calls):
     """Calls functions without arguments at the same time; their results in order."""
     with ThreadPoolExecutor(len(calls)) as threads:

@@ -20,6 +20,8 @@ from servers.system import running_program, running_servers, settings_for
 from steps import fresh_email, register, wait_until
 from steps.jobs import consumers_of, delete_queues, purge, take_job
 
+# -- The system ------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="session")
 def servers():
@@ -48,6 +50,24 @@ def service(request):
         api.maildev_url = servers.mail_server.web_url
         api.consumer = consumer
         yield api
+
+
+@pytest.fixture
+def database(servers):
+    """Executes a statement: database("SELECT ...", values) gives its rows, if any."""
+    connection = psycopg2.connect(servers.postgres.url)
+    connection.autocommit = True
+
+    def execute(statement, values=()):
+        with connection.cursor() as cursor:
+            cursor.execute(statement, values)
+            return cursor.fetchall() if cursor.description else []
+
+    yield execute
+    connection.close()
+
+
+# -- More APIs -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -85,6 +105,9 @@ def strict(servers, settings, service, tmp_path_factory):
         yield api
 
 
+# -- Queues, consumers and their mail servers ------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
@@ -104,21 +127,6 @@ def broker(brokers):
     """A broker without queues, for tests that start consumers of their own."""
     delete_queues(brokers["spare"])
     return brokers["spare"]
-
-
-@pytest.fixture
-def start_consumer(settings, tmp_path):
-    """Starts a consumer with settings of its own; returns when it consumes."""
-    with contextlib.ExitStack() as started:
-        def start_it(**changes):
-            environment = settings | changes
-            before = consumers_of(environment["BROKER_URL"])
-            folder = tmp_path / f"consumer{uuid.uuid4().hex}"
-            consumer = started.enter_context(Consumer(folder, environment))
-            wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
-            return consumer
-
-        yield start_it
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +153,29 @@ def smtp():
     server.close()
 
 
+@pytest.fixture
+def start_consumer(settings, tmp_path):
+    """Starts a consumer with settings of its own; returns when it consumes."""
+    with contextlib.ExitStack() as started:
+        def start_it(**changes):
+            environment = settings | changes
+            before = consumers_of(environment["BROKER_URL"])
+            folder = tmp_path / f"consumer{uuid.uuid4().hex}"
+            consumer = started.enter_context(Consumer(folder, environment))
+            wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
+            return consumer
+
+        yield start_it
+
+
+@pytest.fixture
+def new_mailer(broker, start_consumer, smtp):
+    """A new consumer of the .broker, that mails through the .smtp of the test."""
+    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+    consumer.broker, consumer.smtp = broker, smtp
+    return consumer
+
+
 @pytest.fixture(scope="module")
 def mailer_of_module(servers, settings, brokers):
     smtp, broker = SmtpServer(free_port()), brokers["mailer"]
@@ -158,29 +189,6 @@ def mailer_of_module(servers, settings, brokers):
 
 @pytest.fixture
 def mailer(mailer_of_module):
-    """A consumer of the .broker, that mails through an .smtp of the tests' own."""
+    """Such a consumer, shared by the tests of a file; its queues are empty."""
     purge(mailer_of_module.broker)
     return mailer_of_module
-
-
-@pytest.fixture
-def new_mailer(broker, start_consumer, smtp):
-    """As mailer, but without a past."""
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    consumer.broker, consumer.smtp = broker, smtp
-    return consumer
-
-
-@pytest.fixture
-def database(servers):
-    """Executes a statement: database("SELECT ...", values) gives its rows, if any."""
-    connection = psycopg2.connect(servers.postgres.url)
-    connection.autocommit = True
-
-    def execute(statement, values=()):
-        with connection.cursor() as cursor:
-            cursor.execute(statement, values)
-            return cursor.fetchall() if cursor.description else []
-
-    yield execute
-    connection.close()

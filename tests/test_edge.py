@@ -38,7 +38,7 @@ HIDDEN = b"DELETE /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
 def edge(servers, settings, service):
     """The edge; .api is its first API and .spare the other."""
     install_missing("nginx")
-    folder = servers.folder / "edge"      # as root, nginx works as somebody else
+    folder = servers.folder / "edge"     # as root, nginx works as somebody else
     behind = settings | {"TRUSTED_PROXIES": "1"}
     apis = Gunicorn(folder / "api", behind), Gunicorn(folder / "2", behind)
     with running(*apis, Edge(folder, *apis)) as (api, spare, edge):
@@ -267,7 +267,7 @@ def test_it_logs_nothing_of_what_a_stranger_sends(servers, edge):
 
     # An edge of its own: the other may still log requests of the tests before.
     with Edge(folder, edge.api, edge.spare) as logged:
-        with down(edge.api):      # which nginx reports, if its error log lets it
+        with down(edge.api):     # which nginx reports, if its error log lets it
             send(logged, "GET", f"/{word}?{word}",
                  headers={"Referer": word, "Cookie": word})
         register(logged, f"{word}@example.com", PASSWORD, X_Y=word)

@@ -221,8 +221,7 @@ def main():
                 callers, primary, standby, faults, chance.uniform(0.5, 3))))
         finally:
             callers.finish()
-        failures = account(callers, faults, database, nodes[0].url,
-                           apis, consumers)
+        failures = account(callers, faults, database, nodes[0].url, apis, consumers)
     failures += [f"the {server}'s gap of {gap:.1f} s is over {AIMS[server]} s"
                  for server, gap in gaps if gap > AIMS[server]]
     return "\n".join(failures)

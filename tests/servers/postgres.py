@@ -1,4 +1,4 @@
-"""PostgreSQL."""
+"""A PostgreSQL of our own, beside the one that the system may run."""
 
 import hashlib
 import os

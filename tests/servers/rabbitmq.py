@@ -1,4 +1,4 @@
-"""RabbitMQ."""
+"""A RabbitMQ of our own, with its own epmd, Erlang's name server."""
 
 import os
 from pathlib import Path

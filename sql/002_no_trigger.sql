@@ -1,10 +1,10 @@
 -- For a database that was made when a trigger still deleted the expired rows: service.py
--- does it now. Apply it once, before the new service.py starts. The old one works with it,
--- but deletes nothing.
+-- does it now. Apply it before the new service.py starts. The old one works with it, but
+-- deletes nothing. Like every script with a number, it may be applied again.
 
 BEGIN;
 
-DROP TRIGGER tidy ON limits;
-DROP FUNCTION tidy();
+DROP TRIGGER IF EXISTS tidy ON limits;
+DROP FUNCTION IF EXISTS tidy();
 
 COMMIT;

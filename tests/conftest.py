@@ -33,7 +33,7 @@ def servers():
 @pytest.fixture(scope="session")
 def settings(servers):
     """The settings of a process of the program that uses these servers."""
-    return settings_for(servers.postgres.url, servers.rabbitmq.url,
+    return settings_for(servers.postgres.api_url, servers.rabbitmq.url,
                         servers.mail_server.smtp_port)
 
 

@@ -75,6 +75,14 @@ CONTENTS = """
     UNION ALL
     SELECT 'trigger', tgrelid::regclass::text, pg_get_triggerdef(oid)
       FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL
+    SELECT 'privilege', relname, relacl::text
+      FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+    UNION ALL
+    SELECT 'privilege', nspname, nspacl::text FROM pg_namespace WHERE nspname = 'public'
+    UNION ALL
+    SELECT 'privilege', datname, datacl::text
+      FROM pg_database WHERE datname = current_database()
      ORDER BY 1, 2, 3"""
 
 
@@ -103,8 +111,9 @@ def contents_after(servers, database):
 def test_its_schema_has_no_trigger_and_no_function(contents_after):
     contents = contents_after((TOP / "sql/schema.sql").read_text())
 
-    assert {kind for kind, *_ in contents} == {"column", "constraint", "index", "table"}
-    assert {table for _, table, _ in contents} == {"users", "limits"}
+    assert {kind for kind, *_ in contents} == {"column", "constraint", "index", "table",
+                                               "privilege"}
+    assert {name for kind, name, _ in contents if kind == "table"} == {"users", "limits"}
 
 
 def test_its_later_scripts_turn_an_old_schema_into_the_new_one(contents_after):
@@ -115,3 +124,43 @@ def test_its_later_scripts_turn_an_old_schema_into_the_new_one(contents_after):
     assert later
     assert upgraded == contents_after((TOP / "sql/schema.sql").read_text())
     assert upgraded != contents_after(VERSION_1)
+
+
+def test_its_later_scripts_can_be_applied_again(contents_after):
+    later = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
+    schema = (TOP / "sql/schema.sql").read_text()
+
+    assert contents_after(schema, *later) == contents_after(schema)
+
+
+# -- The role of the API ---------------------------------------------------------------
+
+
+@pytest.fixture
+def as_api(servers, service):
+    """Executes a statement as the role that the API connects as."""
+    with closing(psycopg2.connect(servers.postgres.api_url)) as session:
+        session.autocommit = True
+        yield session.cursor().execute
+
+
+@pytest.mark.parametrize("statement", [
+    "CREATE TABLE mine ()", "CREATE TEMPORARY TABLE mine ()", "CREATE SCHEMA mine",
+    "CREATE FUNCTION mine() RETURNS int LANGUAGE SQL AS 'SELECT 1'",
+    "TRUNCATE users", "DROP TABLE limits", "ALTER TABLE users ADD mine int",
+    "CREATE TRIGGER mine AFTER INSERT ON users EXECUTE FUNCTION mine()",
+    "CREATE ROLE mine", "CREATE DATABASE mine",
+    "SET ROLE registration", "ALTER ROLE registration PASSWORD 'mine'",
+    "SELECT rolpassword FROM pg_authid", "SELECT pg_read_file('PG_VERSION')",
+    "COPY users TO PROGRAM 'true'", "SELECT pg_reload_conf()"])
+def test_its_role_can_do_nothing_but_read_and_write_two_tables(as_api, statement):
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        as_api(statement)
+
+
+def test_its_role_is_what_the_api_connects_as(service, database):
+    roles = database("""
+        SELECT DISTINCT usename FROM pg_stat_activity
+         WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()""")
+
+    assert ("registration_api",) in roles

@@ -203,7 +203,7 @@ def main():
         mail = machines.enter_context(Sink(folder))
         primary, standby = replicated(folder, machines)
         nodes = cluster(folder, machines)
-        database = (f"postgresql://registration@127.0.0.1:{primary.port},127.0.0.1:"
+        database = (f"postgresql://registration_api@127.0.0.1:{primary.port},127.0.0.1:"
                     f"{standby.port}/registration?target_session_attrs=read-write")
         apis, consumers = programs(
             folder, machines, [node.url for node in nodes], database, mail.smtp_port)

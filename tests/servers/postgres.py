@@ -12,7 +12,10 @@ from servers.process import ROOT, Server, free_port, run
 
 
 class Postgres(Server):
-    """With an empty database `registration`, and a superuser of that name."""
+    """With an empty database `registration`, and a superuser of that name.
+
+    url is the superuser's, api_url that of the API's role, which schema.sql makes.
+    """
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # does not wait until the clients have left
@@ -22,6 +25,7 @@ class Postgres(Server):
         super().__init__(folder)
         self.port = port or free_port()
         self.url = self.url_of("registration")
+        self.api_url = self.url_of("registration", "registration_api")
         self.log = self.folder / "postgres.log"
         self.data = self.folder / "postgres"
         if ROOT:  # which PostgreSQL refuses to be
@@ -63,5 +67,5 @@ class Postgres(Server):
         return run([find("psql"), "-XqAt", "-v", "ON_ERROR_STOP=1",
                     self.url_of(database)], input=sql)
 
-    def url_of(self, database):
-        return f"postgresql://registration@127.0.0.1:{self.port}/{database}"
+    def url_of(self, database, role="registration"):
+        return f"postgresql://{role}@127.0.0.1:{self.port}/{database}"

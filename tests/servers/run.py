@@ -47,7 +47,7 @@ def main():
     servers = []
     if Postgres in private:
         servers.append(postgres := Postgres(LOCAL))
-        env["DATABASE_URL"] = postgres.url
+        env["DATABASE_URL"] = postgres.api_url
     if RabbitMQ in private:
         servers.append(rabbitmq := RabbitMQ(LOCAL))
         env["BROKER_URL"] = rabbitmq.url

@@ -56,9 +56,12 @@ def temporary_folder():
 
 
 def create_tables(postgres, database="registration", home=TOP):
-    """Those of the program in the folder home, unless the database has them."""
-    if not postgres.psql("SELECT to_regclass('users')", database):
-        postgres.psql((home / "sql/schema.sql").read_text(), database)
+    """Those of the program in the folder home; of older ones, the newest form."""
+    scripts = [home / "sql/schema.sql"]
+    if postgres.psql("SELECT to_regclass('users')", database):
+        scripts = sorted(home.glob("sql/[0-9]*.sql"))
+    for script in scripts:
+        postgres.psql(script.read_text(), database)
 
 
 @contextmanager
@@ -90,7 +93,7 @@ def running_program(folder, settings, home=TOP, python=sys.executable):
 def whole_system(mail_server, **changes):
     """Both, with changed settings: what running_servers() gives, .api and .consumer."""
     with running_servers(mail_server) as system:
-        settings = settings_for(system.postgres.url, system.rabbitmq.url,
+        settings = settings_for(system.postgres.api_url, system.rabbitmq.url,
                                 system.mail_server.smtp_port, **changes)
         with running_program(system.folder / "program", settings) as processes:
             system.api, system.consumer = processes

@@ -207,7 +207,7 @@ def problem(error):
         body["detail"] = "Some fields are not acceptable."
         body["errors"] = error.description
     response = error.get_response()   # it carries Allow and Retry-After
-    response.data = json.dumps(body)
+    response.data = json.dumps(body) + "\n"
     response.content_type = "application/problem+json"
     if error.code == 401:
         response.headers["WWW-Authenticate"] = 'Basic realm="users", charset="UTF-8"'

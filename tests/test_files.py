@@ -4,8 +4,12 @@ import re
 import sys
 
 import pytest
+import yaml
+from dotenv import dotenv_values
 from servers.process import TOP
 from steps.commands import GOOD, PROGRAM, run
+
+COMPOSE = ["docker-compose.yml", "docker-compose.override.yml"]
 
 
 def section(file, title):
@@ -33,8 +37,23 @@ def test_it_has_the_same_topology_in_both_files():
 
 def test_it_explains_each_setting_in_env_example_and_no_other():
     read = {name for file in PROGRAM for name in settings_of(file)}
+    of_compose = {name for file in COMPOSE
+                  for name in re.findall(r"\$\{([A-Z_]+)", (TOP / file).read_text())}
 
-    assert sorted(documented_settings()) == sorted(read)
+    assert sorted(documented_settings()) == sorted(read | of_compose)
+
+
+def test_a_copy_of_env_example_sets_nothing():
+    assert not dotenv_values(TOP / ".env.example")
+
+
+@pytest.mark.parametrize("service, files", [
+    ("api", ["service.py", "gunicorn.conf.py"]), ("worker", ["consumer.py"])])
+def test_compose_passes_each_setting_on(service, files):
+    compose = yaml.safe_load((TOP / "docker-compose.yml").read_text())
+    passed = compose["services"][service]["environment"]
+
+    assert {name for file in files for name in settings_of(file)} <= passed.keys()
 
 
 @pytest.mark.parametrize("file", PROGRAM)

@@ -1,4 +1,4 @@
-"""The files of the program: what they have to have in common."""
+"""The program's files agree: topology, settings, and who imports whom."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Bodies and other input that no honest client sends."""
+"""Input that no honest client sends: odd bodies, paths and headers, and random ones."""
 
 import base64
 import json

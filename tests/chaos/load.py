@@ -200,4 +200,3 @@ class Fault:
         self.healed = healed
         say(f"{self.name}: {self.ended - self.began:.1f} s, "
             f"healed {healed - self.ended:.1f} s later")
-

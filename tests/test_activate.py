@@ -92,8 +92,8 @@ def test_it_knows_an_account_however_its_address_is_typed(service):
 def test_it_verifies_a_hash_made_at_another_cost(service, database):
     email, code = registered(service)
     database("UPDATE users SET password_hash = %s WHERE email = %s", [
-        "$argon2id$v=19$m=19456,t=2,p=1$9p8xMfujpcZJZVuO7ja/JQ"
-        "$1Nj+bPHv2UMezGKMZ1Qbuivt077kV1HxgcMzd4d0wvs", email])    # of PASSWORD
+        ("$argon2id$v=19$m=19456,t=2,p=1$9p8xMfujpcZJZVuO7ja/JQ"
+         "$1Nj+bPHv2UMezGKMZ1Qbuivt077kV1HxgcMzd4d0wvs"), email])    # of PASSWORD
 
     other = activate(service, email, code, "another passphrase")
     done = activate(service, email, code, PASSWORD)

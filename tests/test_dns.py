@@ -24,7 +24,7 @@ WITH_SILENT_DNS = ["unshare", "--map-root-user", "--mount", "--net",
 def resolver_options():
     """RES_OPTIONS of the Dockerfile."""
     return "".join(re.findall('^ENV RES_OPTIONS="(.*)"$',
-                              (TOP / "Dockerfile").read_text(), re.M))
+                              (TOP / "Dockerfile").read_text(), re.MULTILINE))
 
 
 class ApiWithSilentDns(Gunicorn):

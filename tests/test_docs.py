@@ -137,7 +137,7 @@ def test_its_examples_follow_its_own_schemas():
 @pytest.mark.parametrize("operation", ["register", "activate"])
 def test_it_names_exactly_the_statuses_of_the_docstring(operation):
     source = (TOP / "service.py").read_text()
-    docstring = re.search(rf'^def {operation}\(.*?"""(.*?)"""', source, re.M | re.S)[1]
+    docstring = re.search(rf'\ndef {operation}\(.*?"""(.*?)"""', source, re.DOTALL)[1]
 
     promised = re.findall(r"  (\d{3})  ", docstring)
 
@@ -186,8 +186,8 @@ def test_schemathesis_finds_no_answer_that_is_not_as_documented(service, tmp_pat
                "run", TOP / "openapi.yaml", "--url", service.url,
                "--auth", f"{email}:{PASSWORD}", "--max-examples", "100", "--seed", "1"]
 
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"NO_PROXY": "*"})
+    run = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True,
+                         text=True, env=os.environ | {"NO_PROXY": "*"})
 
     assert run.returncode == 0, run.stdout + run.stderr
 

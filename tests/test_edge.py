@@ -102,7 +102,7 @@ def test_it_counts_its_client_whatever_that_claims_to_be(edge, database, header)
 
     before = counts()
     for _ in range(3):
-        claim = "198.51.%d.%d" % tuple(secrets.token_bytes(2))
+        claim = "198.51.{}.{}".format(*secrets.token_bytes(2))
         register(edge, fresh_email(), **{header: claim})
 
     new = {client: count - before.get(client, 0) for client, count in counts().items()}

@@ -15,17 +15,18 @@ COMPOSE = ["docker-compose.yml", "docker-compose.override.yml"]
 def section(file, title):
     """The lines of a file between one banner and the next."""
     text = (TOP / file).read_text()
-    return re.search(rf"^# -- {title}.*\n((?:(?!# -- ).*\n)*)", text, re.M)[1].strip()
+    return re.search(rf"\n# -- {title}.*\n((?:(?!# -- ).*\n)*)", text)[1].strip()
 
 
 def settings_of(file):
     """The names of the settings that a file reads, in its order."""
     return re.findall(r"^[^#\n]*(?:setting|environ\.get)\(\s*\"([A-Z_]+)\"",
-                      (TOP / file).read_text(), re.M)
+                      (TOP / file).read_text(), re.MULTILINE)
 
 
 def documented_settings():
-    return re.findall(r"^#?([A-Z_]+)=", (TOP / ".env.example").read_text(), re.M)
+    text = (TOP / ".env.example").read_text()
+    return re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)
 
 
 def test_it_has_the_same_topology_in_both_files():

@@ -161,7 +161,7 @@ def test_it_counts_the_addresses_of_an_ipv6_network_together(strict):
 
 
 def test_it_counts_an_ipv4_address_alone_mapped_or_not(strict):
-    network = "10.%d.%d" % tuple(secrets.token_bytes(2))
+    network = "10.{}.{}".format(*secrets.token_bytes(2))
     addresses = [f"{network}.1", f"::ffff:{network}.1", f"{network}.1", f"{network}.2",
                  f"::ffff:{network}.3"]
 

@@ -38,7 +38,7 @@ def logged_by(service, before):
     """The (method, route, status, job) of each request that it has logged since."""
     return re.findall(
         r"event=request client=127\.0\.0\.1 method=(\S+) route=(\S+) status=(\d+)"
-        r" job=(\S+) ms=\d+$", service.log.read_text()[before:], re.M)
+        r" job=(\S+) ms=\d+$", service.log.read_text()[before:], re.MULTILINE)
 
 
 # -- Requests --------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_it_logs_the_id_of_a_job_with_its_request_and_with_its_mail(service):
     assert [status for _, _, status, _ in requests] == ["202", "200", "202"]
     assert len(set(jobs)) == 3
     for job in jobs:
-        wait_until(lambda: f"event=job job={job} outcome=sent"
+        wait_until(lambda job=job: f"event=job job={job} outcome=sent"
                    in service.consumer.log.read_text())
 
 

@@ -52,7 +52,7 @@ def test_it_accepts_and_mails_a_code_of_four_digits(service):
 
     assert accepted.status == 202
     assert accepted.headers["Content-Type"] == "application/json"
-    assert re.search(r"^[0-9]{4}$", mailed_to(service, email)["text"], re.M)
+    assert re.search(r"^[0-9]{4}$", mailed_to(service, email)["text"], re.MULTILINE)
 
 
 def test_it_says_how_many_seconds_the_code_lives(service, start_service):
@@ -156,7 +156,7 @@ def test_it_counts_the_bytes_of_a_chunked_body_too(service):
     "application/jsonp", "application/x-www-form-urlencoded",
     "multipart/form-data; boundary=x"])
 def test_it_answers_415_to_what_is_not_sent_as_json(service, content_type):
-    email, body = body_of(100)
+    _, body = body_of(100)
     headers = {} if content_type is None else {"Content-Type": content_type}
 
     answer = send(service, "POST", REGISTER, body, headers)

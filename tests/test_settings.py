@@ -60,7 +60,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("command, name, value", MALFORMED, ids=[
-    f"{command[-1]} {name}={ascii(value)}" for command, name, value in MALFORMED])
+    f"{command[-1]} {name}={value!a}" for command, name, value in MALFORMED])
 def test_it_stops_with_one_line_that_names_a_malformed_setting(command, name, value):
     code, lines = run(command, **GOOD | {name: value})
 

@@ -73,8 +73,8 @@ def test_it_refuses_oversized_heads(service, head):
 
 
 @pytest.mark.parametrize("head", [
-    b"GET /x?password=hunter2secret HTTP/1.1\r\nHost: a\r\n"
-    b"Authorization Basic aGlkZGVu\r\n",
+    (b"GET /x?password=hunter2secret HTTP/1.1\r\nHost: a\r\n"
+     b"Authorization Basic aGlkZGVu\r\n"),
     b"GET /x?password=hunter2secret FOO\r\n",
     b"GET /\x00?password=hunter2secret HTTP/1.1\r\nHost: a\r\n",
     b"GET /nothing/hunter2secret?password=hunter2secret HTTP/1.1\r\nHost: a\r\n"])

@@ -301,11 +301,12 @@ def row(figure, values, unit, limits=None, least=None, most=None):
 
 
 def print_table():
-    widths = [max(map(len, column)) for column in zip(*table)]
+    """In Markdown, for docs/measured.md."""
     print()
-    for line in table:
-        cells = (text.ljust(width) for text, width in zip(line, widths))
-        print("  ".join(cells).rstrip())
+    for number, line in enumerate(table):
+        print(f"| {' | '.join(line)} |")
+        if number == 0:
+            print("|---" * len(line) + "|")
 
 
 def print_machine():

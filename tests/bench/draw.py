@@ -60,8 +60,8 @@ def load(points, capacity):
     parts += legend(420, 290, REFUSED, "refused (503, Retry-After)")
     parts += legend(420, 30, GREY, "ideal: all, up to the capacity", dashed=True)
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">',
+        (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+         f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">'),
         *parts, "</svg>", ""])
 
 

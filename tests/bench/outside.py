@@ -278,9 +278,9 @@ def each(port, count, what="register"):
         phase = Phase(what, port, 60)
         phase.begin -= WARM_UP
         phase.ask(lambda: None)
-        work(lambda: not phase.under_way, time.monotonic() + PATIENCE)
+        work(lambda phase=phase: not phase.under_way, time.monotonic() + PATIENCE)
         for email, instant in phase.accepted.items():
-            work(lambda: email in mails, time.monotonic() + PATIENCE)
+            work(lambda email=email: email in mails, time.monotonic() + PATIENCE)
             delays.append(mails[email] - instant)
         latencies += itertools.chain(*phase.latencies.values())
     return {"latencies": latencies, "delays": delays}

@@ -202,11 +202,14 @@ def repeat(load, request, user):
 
 # -- The table -------------------------------------------------------------------------
 
-LINE = "{:34} {:>5} {:>8} {:>6} {:>5} {:>6} {:>7} {:>10} {:>8} {:>7}".format
+LINE = "| {:34} | {} | {} | {} | {} | {} | {} | {} | {} | {} |".format
 
 
 def print_table(requests, verdicts, load, faults):
-    """A line for each kind of fault; what ends belongs to the last fault before it."""
+    """In Markdown, for docs/measured.md: a line for each kind of fault.
+
+    What ends belongs to the last fault before it.
+    """
     calm = Fault("(before the first)", False)
     kinds = {}
     for fault in [calm, *faults]:
@@ -231,9 +234,9 @@ def print_table(requests, verdicts, load, faults):
                duplicates]
 
     print()
-    print(LINE("", "", "", "", "", "left", "", "", "slowest", "time to"))
-    print(LINE("fault", "times", "requests", "2xx", "lost", "behind", "unknown",
-               "duplicates", "answer", "heal"))
+    print(LINE("fault", "times", "requests", "2xx", "lost", "left behind", "unknown",
+               "mailed twice", "slowest answer", "healed within"))
+    print("|---" * 10 + "|")
     for kind, same in kinds.items():
         print(LINE(kind, len(same) if same[0].began else "",
                    *(column[kind] for column in columns), f"{slowest[kind]:.1f} s",

@@ -19,10 +19,10 @@ class Postgres(Server):
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # does not wait until the clients have left
-    env = {"PATH": os.defpath, "LANG": "C.UTF-8"}
 
     def __init__(self, folder, port=None):
         super().__init__(folder)
+        self.env = {"PATH": os.defpath, "LANG": "C.UTF-8"}
         self.port = port or free_port()
         self.url = self.url_of("registration")
         self.api_url = self.url_of("registration", "registration_api")

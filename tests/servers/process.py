@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 TOP = Path(__file__).resolve().parents[2]
 LOCAL = TOP / ".local"  # what make run keeps, and MailDev itself
@@ -33,7 +34,7 @@ class Server:
 
     stop_signal = signal.SIGTERM
     patience = 60     # seconds until it must answer
-    user = {}         # subprocess's arguments for running as someone else
+    user = MappingProxyType({})     # subprocess's arguments for running as someone else
     env = cwd = None  # None: ours
     log = None        # where stdout and stderr are appended; None: the terminal
     process = None
@@ -170,7 +171,10 @@ def end(pid):
         time.sleep(0.01)
 
 
-def guard(pid, guards=[]):
+guards = []    # the one that we have, once it is needed
+
+
+def guard(pid):
     """Hands a process to our guard, which kills it when we end, even by SIGKILL.
 
     The guard is this file as a second process; it notices our end by its input's.
@@ -193,7 +197,8 @@ def be_the_guard():
 
 def run(command, **options):
     """What a command prints; RuntimeError with its complaint if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done = subprocess.run(command, check=False, capture_output=True, text=True,
+                          **options)
     if done.returncode:
         raise RuntimeError(f"{command[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
@@ -217,7 +222,10 @@ def taken(port):
         return True
 
 
-def free_port(given=set()):
+given = set()    # ports that were given to somebody already
+
+
+def free_port():
     """A port below the ephemeral ones: of those, a client's connection could be given
     a server's port while that is down, and keep it from coming back."""
     while (port := random.randrange(20000, 32000)) in given or taken(port):

@@ -51,9 +51,9 @@ class RabbitMQ(Server):
     def command(self):
         # epmd, Erlang's name server, comes first: Erlang would start one that outlives
         # it. This one is the broker's child, and ends with it, however that ends.
-        return ["sh", "-c", 'setpriv --pdeathsig KILL "$0" & '
-                            'until "$0" -names >/dev/null 2>&1; do :; done; exec "$1"',
-                find("epmd"), find("rabbitmq-server")]
+        script = ('setpriv --pdeathsig KILL "$0" & '
+                  'until "$0" -names >/dev/null 2>&1; do :; done; exec "$1"')
+        return ["sh", "-c", script, find("epmd"), find("rabbitmq-server")]
 
     def answers(self):
         return says(self.port, b"AMQP\0\0\x09\x01")  # it listens when all else is ready

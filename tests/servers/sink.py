@@ -41,19 +41,21 @@ class Record:
     """Takes the place of SmtpServer's list of mails."""
 
     def __init__(self, path):
-        self.file = open(path, "ab", buffering=0)   # lines are whole
+        self.path = path
 
     def append(self, mail):
         message = message_from_bytes(mail.content, policy=default)
         text = message.get_body(["plain"]).get_content().replace("\r", "")
         issued = re.search("[0-9:]{8} UTC on [0-9]+ [A-Z][a-z]+ [0-9]{4}", text)
-        self.file.write(json.dumps({
+        line = json.dumps({
             "arrived": time.time(), "to": mail.recipients[0],
             "subject": message["Subject"], "id": message["Message-ID"],
-            "code": issued and re.search("^[0-9]{4}$", text, re.M)[0],
+            "code": issued and re.search("^[0-9]{4}$", text, re.MULTILINE)[0],
             "issued": issued and calendar.timegm(
                 time.strptime(issued[0], "%H:%M:%S UTC on %d %B %Y")),
-        }).encode() + b"\n")
+        }).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line)    # at once, so that no line is in pieces
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ def mailed_to(service, email, count=1):
 
 def code_mailed_to(service, email, count=1):
     """The code in the count-th mail to an address; waits for it."""
-    return re.search(r"^[0-9]{4}$", mailed_to(service, email, count)["text"], re.M)[0]
+    text = mailed_to(service, email, count)["text"]
+    return re.search(r"^[0-9]{4}$", text, re.MULTILINE)[0]
 
 
 def wrong(code):

@@ -21,6 +21,7 @@ GOOD = {
 def run(command, folder=TOP, **settings):
     """Runs a command with these settings and no others: (its exit code, its lines)."""
     environment = {"PATH": os.environ["PATH"]} | settings
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=30,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command, check=False, cwd=folder, env=environment,
+                          text=True, timeout=30, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     return done.returncode, done.stdout.splitlines()

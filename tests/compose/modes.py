@@ -1,0 +1,201 @@
+"""Development and production, as a new user starts them from a fresh clone.
+
+Each has a project name and ports of its own, so that nothing of yours is touched.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+import uuid
+
+import pytest
+from servers.process import TOP, free_port
+from steps import fresh_email, register
+from steps.readme import break_it, shape
+
+PRODUCTION = {
+    "SECRET_KEY": "only for the tests, 32 characters and more",
+    "MAIL_FROM": "registration@example.com", "SMTP_HOST": "mail.example.com",
+    "POSTGRES_PASSWORD": uuid.uuid4().hex, "RABBITMQ_PASSWORD": uuid.uuid4().hex}
+SECTION = break_it()
+
+
+class Stack:
+    """A project of Compose: in a folder, of some files, with settings of its own."""
+
+    def __init__(self, folder, *files, **settings):
+        self.folder, self.port, self.mail_port = folder, free_port(), free_port()
+        self.files = [word for file in files for word in ("-f", file)]
+        self.url = f"http://localhost:{self.port}"
+        self.env = {
+            name: os.environ[name] for name in ("PATH", "HOME", "DOCKER_HOST")
+            if name in os.environ} | {
+            "COMPOSE_PROJECT_NAME": f"tests-{uuid.uuid4().hex[:8]}",
+            "EXPOSED_API_PORT": str(self.port),
+            "EXPOSED_SMTP_WEB_PORT": str(self.mail_port), **settings}
+
+    def compose(self, *words):
+        """What `docker compose WORDS` did: .returncode, .stdout, .stderr."""
+        return self.run(["docker", "compose", *self.files, *words])
+
+    def run(self, command):
+        return subprocess.run(command, check=False, cwd=self.folder, env=self.env,
+                              text=True, capture_output=True)
+
+    def containers(self):
+        """Those of the project, as Compose describes them."""
+        lines = self.compose("ps", "--all", "--format", "json").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
+    def up(self):
+        done = self.compose("up", "--build", "--wait", "--detach")
+        assert done.returncode == 0, done.stderr
+
+    def down(self):
+        self.compose("--profile", "tests", "down", "--volumes", "--rmi", "local")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def docker():
+    if not shutil.which("docker"):
+        pytest.fail("Docker is missing: https://docs.docker.com/engine/install/")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh clone, with what is not committed yet: no .env, nothing set up."""
+    folder = tmp_path_factory.mktemp("clone")
+    files = subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=TOP, text=True).splitlines()
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TOP / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def development(clone):
+    stack = Stack(clone)
+    stack.up()
+    yield stack
+    stack.down()
+
+
+@pytest.fixture
+def start_production(clone):
+    """Production with these settings, not started yet."""
+    stacks = []
+
+    def prepare(**settings):
+        stacks.append(Stack(clone, "docker-compose.yml", **settings))
+        return stacks[-1]
+
+    yield prepare
+    for stack in stacks:
+        stack.env |= PRODUCTION
+        stack.down()
+
+
+def published(stack):
+    """The services with a port on this machine, and the address that it has there."""
+    return {(container["Service"], port["URL"]) for container in stack.containers()
+            for port in container["Publishers"] if port["PublishedPort"]}
+
+
+# -- Development -----------------------------------------------------------------------
+
+
+def test_one_command_starts_development(development):
+    docs = urllib.request.urlopen(f"{development.url}/docs/")
+
+    tried = development.compose("run", "--rm", "tests")
+
+    assert docs.status == 200
+    assert tried.returncode == 0, tried.stdout
+
+
+def test_development_is_published_on_this_machine_only(development):
+    assert published(development) == {(name, "127.0.0.1")
+                                      for name in ("edge", "maildev", "rabbitmq")}
+
+
+@pytest.mark.parametrize("way", SECTION.breaks)
+def test_it_prints_what_the_readme_shows(development, way):
+    script = f"{SECTION.shortcuts}\n{SECTION.breaks[way].command}"
+    script = script.replace("localhost:8000", f"localhost:{development.port}")
+    script = script.replace("localhost:1080", f"localhost:{development.mail_port}")
+
+    done = development.run(["bash", "-c", script])
+
+    assert shape(done.stdout.rstrip()) == shape(SECTION.breaks[way].output)
+
+
+def test_a_copy_of_env_example_changes_nothing(development, tmp_path):
+    before = development.compose("config").stdout
+
+    after = development.compose("--env-file", ".env.example", "config").stdout
+
+    assert before and after == before
+
+
+def test_two_checkouts_run_side_by_side(development, clone):
+    other = Stack(clone)
+    other.up()
+
+    answers = [register(stack, fresh_email()) for stack in (development, other)]
+    other.down()
+
+    assert [answer.status for answer in answers] == [202, 202]
+
+
+# -- Production ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["absent", "empty"])
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_production_names_a_setting_that_is_missing(start_production, name, how):
+    settings = {key: value for key, value in PRODUCTION.items() if key != name}
+    stack = start_production(**settings | ({name: ""} if how == "empty" else {}))
+
+    done = stack.compose("up", "--build", "--wait", "--detach")
+
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1 and name in done.stderr
+    stack.env |= PRODUCTION
+    assert not stack.containers()
+
+
+def test_production_starts_with_five_settings(start_production):
+    stack = start_production(**PRODUCTION)
+
+    stack.up()
+
+    assert register(stack, fresh_email()).status == 202
+    assert published(stack) == {("edge", "127.0.0.1")}
+
+
+def test_production_takes_its_settings_from_a_file(start_production, tmp_path):
+    file = tmp_path / "production"
+    file.write_text("".join(f"{name}='{PRODUCTION[name]}'\n" for name in PRODUCTION))
+    stack = start_production()
+
+    done = stack.compose("--env-file", str(file), "config")
+
+    assert done.returncode == 0
+    assert PRODUCTION["SECRET_KEY"] in done.stdout
+
+
+def test_nobody_is_superuser_over_the_network(start_production):
+    stack = start_production(**PRODUCTION)
+    stack.up()
+
+    log_in = {role: stack.compose(
+        "exec", "api", "python", "-c", "import psycopg2; psycopg2.connect("
+        f"host='postgres', user='{role}', dbname='registration')")
+        for role in ("registration", "registration_api")}
+
+    assert "authentication failed" in log_in["registration"].stderr
+    assert log_in["registration_api"].returncode == 0

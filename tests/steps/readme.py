@@ -1,0 +1,46 @@
+"""The README's section "Break it yourself", as commands that a test can run."""
+
+import re
+import socket
+import subprocess
+from types import SimpleNamespace
+
+from servers.process import TOP
+
+
+def break_it():
+    """The section: its .shortcuts, and its .breaks by their titles.
+
+    Each of these has a .command and the .output that the README shows.
+    """
+    text = (TOP / "README.md").read_text()
+    section = text.split("\n## Break it yourself\n")[1].split("\n## ")[0]
+    shortcuts, *breaks = [part for part in section.rstrip().split("\n\n")
+                          if part.startswith("    ")]
+    found = {}
+    for lines in (part.split("\n") for part in breaks):
+        title, command, *output = [line.removeprefix("    ") for line in lines]
+        found[title.partition(":")[0].strip("# ")] = SimpleNamespace(
+            command=command, output="\n".join(output))
+    return SimpleNamespace(shortcuts=shortcuts, breaks=found)
+
+
+def run_with_compose(script, compose):
+    """What a script prints. Each `docker compose WORDS` in it calls compose(WORDS)."""
+    ours, theirs = socket.socketpair()
+    number = theirs.fileno()
+    docker = f'docker() {{ echo "$*" >&{number}; read -r <&{number}; }}\n'
+    with ours, subprocess.Popen(
+            ["bash", "-c", docker + script], stdout=subprocess.PIPE, text=True,
+            pass_fds=[number]) as process:
+        theirs.close()
+        for line in ours.makefile():
+            compose(line.strip().removeprefix("compose "))
+            ours.sendall(b"\n")
+        return process.stdout.read().rstrip()
+
+
+def shape(output):
+    """An output without what differs from run to run: seconds, the digits of a code."""
+    output = re.sub(r"[0-9]+\.[0-9]+ s", "SECONDS", output)
+    return re.sub(r"\b[0-9]{4}\b", "CODE", output)

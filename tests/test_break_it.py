@@ -1,0 +1,42 @@
+"""The README's section "Break it yourself": its commands print what it shows.
+
+The commands run as they are, but for two ports; instead of Compose, they stop and pause
+the servers here.
+"""
+
+from urllib.parse import urlsplit
+
+import pytest
+from steps.readme import break_it, run_with_compose, shape
+
+SECTION = break_it()
+
+
+@pytest.fixture
+def compose(servers, service):
+    """What a `docker compose` of the section does, by its words."""
+    actions = {"kill worker": service.consumer.kill,
+               "up -d --no-deps worker": service.consumer.start,
+               "stop maildev": servers.mail_server.stop,
+               "start maildev": servers.mail_server.start}
+    for name in ("rabbitmq", "postgres"):
+        server = getattr(servers, name)
+        actions |= {f"pause {name}": server.pause, f"unpause {name}": server.resume}
+    return lambda words: actions[words]()
+
+
+def test_it_has_six_ways_to_break_it():
+    assert len(SECTION.breaks) == 6
+
+
+@pytest.mark.parametrize("way", SECTION.breaks)
+def test_it_prints_what_the_readme_shows(service, compose, way):
+    script = f"{SECTION.shortcuts}\n{SECTION.breaks[way].command}"
+    for there, here in [("localhost:8000", urlsplit(service.url).netloc),
+                        ("localhost:1080", urlsplit(service.maildev_url).netloc),
+                        ("sleep 20", "sleep 4")]:
+        script = script.replace(there, here)
+
+    output = run_with_compose(script, compose)
+
+    assert shape(output) == shape(SECTION.breaks[way].output)

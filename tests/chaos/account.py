@@ -244,5 +244,5 @@ def print_table(requests, verdicts, load, faults):
     print(LINE("all", len(faults), *(column.total() for column in columns),
                f"{max(slowest.values()):.1f} s",
                f"{max(each.healed - each.ended for each in faults):.1f} s"))
-    print(f"half of the answers within "
+    print(f"\nhalf of the answers within "
           f"{statistics.median(request.seconds for request in requests):.3f} s")

@@ -122,6 +122,17 @@ def test_development_is_published_on_this_machine_only(development):
                                       for name in ("edge", "maildev", "rabbitmq")}
 
 
+def test_postgresql_logs_no_statement_that_fails(development):
+    failed = development.compose(
+        "exec", "postgres", "psql", "-U", "registration", "-c",
+        "SET statement_timeout = 9", "-c", "SELECT pg_sleep(9), 'ann@example.com'")
+
+    log = development.compose("logs", "postgres").stdout
+    assert failed.returncode != 0
+    assert "canceling statement due to statement timeout" in log
+    assert "ann@example.com" not in log
+
+
 @pytest.mark.parametrize("way", SECTION.breaks)
 def test_it_prints_what_the_readme_shows(development, way):
     script = f"{SECTION.shortcuts}\n{SECTION.breaks[way].command}"

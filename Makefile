@@ -5,7 +5,7 @@ PYTHON = env PYTHONPATH=tests .venv/bin/python
 
 help:
 	@echo "make run        everything on this machine until Ctrl-C, data in .local/"
-	@echo "make test       the tests, with servers of their own"
+	@echo "make test       the tests, with servers of their own; OPTIONS='-k test_mails'"
 	@echo "make compose    both modes of Docker Compose, two minutes"
 	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
@@ -15,7 +15,7 @@ help:
 	@echo "make lock       write the locks after a change of a requirements.txt"
 	@echo "make upgrade    the same, with the newest versions that they allow"
 	@echo "make common-passwords   write the block list anew, from Django's"
-	@echo "Options go into OPTIONS: make chaos OPTIONS='--rounds 4 --seed 11'"
+	@echo "OPTIONS go to each of the programs: make chaos OPTIONS='--rounds 4 --seed 11'"
 
 run: .venv/complete
 	@$(PYTHON) -m servers.run

@@ -242,8 +242,8 @@ COMMON_PASSWORDS = frozenset(
 def read_fields(**checks):
     """The named text fields of the JSON body in that order, or 415, 413, 400 or 422.
 
-    A check returns a text's canonical form or raises ValueError. What is missing or not
-    a string is checked as "". Other fields are ignored.
+    A check returns a text's canonical form or raises ValueError. All fields are needed:
+    what is missing or not a string is checked as "". Others are ignored.
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")

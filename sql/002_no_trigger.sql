@@ -4,6 +4,7 @@
 
 BEGIN;
 
+SET LOCAL lock_timeout = '2s';   -- behind a backup, it would block all requests: try later
 DROP TRIGGER IF EXISTS tidy ON limits;
 DROP FUNCTION IF EXISTS tidy();
 

@@ -1,7 +1,7 @@
 """The README's section "Break it yourself": its commands print what it shows.
 
-The commands run as they are, but for two ports; instead of Compose, they stop and pause
-the servers here.
+The commands run as they are, but for two ports and a shorter pause; instead of Compose,
+they stop and pause the servers here. Seconds and codes may be others.
 """
 
 from urllib.parse import urlsplit

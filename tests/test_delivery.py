@@ -86,11 +86,11 @@ def test_it_gives_up_at_the_deadline(broker, start_consumer, smtp, job, trouble)
     consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
     smtp.replies["RCPT", job["email"]] = [trouble] * 1000
 
-    message_id = put(broker, job | {"expires_at": time.time() + 7})
+    message_id = put(broker, job | {"expires_at": time.time() + 7})    # two retries
 
     wait_until(lambda: "expired" in outcomes(consumer, message_id))
     assert smtp.tries[job["email"]] > 1
-    consumer.stop()
+    consumer.stop()     # what it had not settled would go back to the queue
     assert waiting_in(broker) == waiting_in(broker, DEAD) == 0
 
 

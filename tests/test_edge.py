@@ -28,6 +28,7 @@ from steps import (
     shown,
     wait_until,
 )
+from steps.logs import events
 
 POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
         b"Content-Type: application/json\r\n")
@@ -90,6 +91,17 @@ def test_it_leads_to_the_docs_at_its_own_address(edge):
     answer = send(edge, "GET", "/docs")
 
     assert (answer.status, answer.headers["Location"]) == (308, f"{edge.url}/docs/")
+
+
+def test_it_passes_on_what_a_tls_proxy_in_front_of_it_says(start_service, servers):
+    api = start_service(TRUSTED_PROXIES="2")
+    proxy = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"}
+
+    with Edge(servers.folder / "behind-tls", api) as edge:
+        answer = send(edge, "GET", "/docs", headers=proxy)
+
+    assert answer.headers["Location"].startswith("https://")
+    assert events(api.log, event="request", client="203.0.113.9")
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X_Forwarded_For", "Forwarded",

@@ -121,7 +121,7 @@ def test_it_refuses_registrations_in_time_keeps_nothing_and_heals(
             lambda: timed(lambda: register(system, email, ANOTHER)))
 
     assert all(refused_in_time(answer) for answer in answers)
-    assert heals(system, email, code)
+    assert heals(system, email, code)    # so ANOTHER has replaced nothing
     assert rows_of(servers, new) == 0
     assert processes(system) == before
 
@@ -167,7 +167,7 @@ def test_it_names_in_healthz_the_server_that_does_not_answer(
     wait_until(lambda: send(api, "GET", "/healthz").status == 200)
 
 
-def test_it_does_not_notice_that_its_idle_broker_connections_were_cut(servers, system):
+def test_its_callers_do_not_notice_that_idle_connections_were_cut(servers, system):
     cut_connections(servers.rabbitmq, "faults")
 
     answers = [register(system, fresh_email()).status for _ in range(10)]
@@ -175,7 +175,7 @@ def test_it_does_not_notice_that_its_idle_broker_connections_were_cut(servers, s
     assert answers == [202] * 10
 
 
-def test_it_does_not_notice_that_its_idle_sessions_were_cut(servers, system):
+def test_its_callers_do_not_notice_that_idle_sessions_were_cut(servers, system):
     cut_sessions(servers.postgres)
 
     answers = [register(system, fresh_email()).status for _ in range(10)]

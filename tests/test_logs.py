@@ -58,23 +58,6 @@ def test_it_logs_each_request_in_a_line(service):
         ("GET", "-", "404", "-"), ("GET", "/healthz", "200", "-")]
 
 
-def test_it_logs_the_id_of_a_job_with_its_request_and_with_its_mail(service):
-    before = len(service.log.read_text())
-
-    email, code = registered(service)
-    activate(service, email, code)
-    register(service, email)
-
-    requests = wait_until(lambda: len(logged_by(service, before)) == 3
-                          and logged_by(service, before))
-    jobs = [job for *_, job in requests]
-    assert [status for _, _, status, _ in requests] == ["202", "200", "202"]
-    assert len(set(jobs)) == 3
-    for job in jobs:
-        wait_until(lambda job=job: f"event=job job={job} outcome=sent"
-                   in service.consumer.log.read_text())
-
-
 def test_it_logs_nothing_that_is_secret_or_personal(service):
     email, password = fresh_email(), "a passphrase of its own"
     offsets = {log: len(log.read_text()) for log in (service.log, service.consumer.log)}
@@ -157,18 +140,6 @@ def test_it_logs_the_same_id_for_a_request_and_for_its_mail(service):
         "/users/register", "/users/activate", "/users/register"]
     wait_until(lambda: all(events(service.consumer.log, job=job, outcome="sent")
                            for job in ids))
-
-
-def test_it_logs_no_address_and_no_code_of_a_request(service):
-    address, code = registered(service)
-
-    activate(service, address, code)
-
-    mailed_to(service, address, 2)
-    log = service.log.read_text() + service.consumer.log.read_text()
-    numbers_of_ours = r" ms=\d+|.* event=gunicorn .*"
-    assert address.partition("@")[0] not in log
-    assert not re.search(rf"[=\"' ]{code}\b", re.sub(numbers_of_ours, "", log))
 
 
 # -- Jobs ------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_it_takes_json_however_its_type_is_written(service, content_type):
     assert answer.status == 202
 
 
-# -- 400, 405, 413, 415 and their headers; more bodies in test_abuse.py ----------------
+# -- 400, 405, 413, 415 and their headers; more bodies in test_input.py ----------------
 
 
 def test_it_answers_400_to_what_is_not_json(service):

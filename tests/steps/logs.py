@@ -9,9 +9,12 @@ FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 
 def events(log, **fields):
     """The events of a log file in which these fields have these values."""
-    found = [{name: unquoted(value) for name, value in FIELD.findall(line)}
-             for line in Path(log).read_text().splitlines()]
+    found = [fields_of(line) for line in Path(log).read_text().splitlines()]
     return [event for event in found if fields.items() <= event.items()]
+
+
+def fields_of(line):
+    return {name: unquoted(value) for name, value in FIELD.findall(line)}
 
 
 def unquoted(value):

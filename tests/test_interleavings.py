@@ -1,0 +1,210 @@
+"""The two statements that carry the security, in every order that sessions can have.
+
+upsert_waiting() writes a password and a code together, spend_attempt() counts a try and
+compares. Here, two and three sessions take the statements of service.py step by step,
+in every order of their steps. A step that waits for a lock goes on when it gets it.
+"""
+
+import ast
+import itertools
+from copy import copy
+
+import psycopg2
+import pytest
+from psycopg2.extensions import POLL_OK
+from servers.process import TOP
+from steps import fresh_email
+
+ALLOWED = 3     # tries of a code
+WRONG = 9       # the number of a code that nobody was mailed
+
+
+def statement_of(function):
+    """The SQL of a function in service.py."""
+    program = ast.parse((TOP / "service.py").read_text())
+    [body] = [node for node in program.body if getattr(node, "name", "") == function]
+    [call] = [node for node in ast.walk(body) if isinstance(node, ast.Call)
+              and getattr(node.func, "id", "") == "execute"]
+    return call.args[0].value
+
+
+UPSERT, SELECT, SPEND = map(statement_of, [
+    "upsert_waiting", "select_account", "spend_attempt"])
+
+
+def pair(password, code):
+    """The values for a password and a code, each by the number of its registration."""
+    return {"password_hash": f"password {password}", "lifetime": 60, "allowed": ALLOWED,
+            "code_digest": f"code {code}".ljust(32).encode()}
+
+
+# -- What a session does: each step yields a statement, and gets its row ---------------
+
+
+class Register:
+    """Registers with password and code of this number."""
+
+    steps = 3
+
+    def __init__(self, number):
+        self.number = number
+
+    def run(self):
+        yield "BEGIN", {}
+        yield UPSERT, pair(self.number, self.number)
+        yield "COMMIT", {}
+
+
+class Activate:
+    """Tries the password of one registration with the code of another."""
+
+    steps = 2
+
+    def __init__(self, password, code):
+        self.password, self.code = password, code
+
+    def run(self):
+        self.compared = self.activated = False
+        account = yield SELECT, {}
+        values = pair(self.password, self.code)
+        # As in activate(): for another password 401, for an active account 409.
+        if account and account[1] == values["password_hash"] and not account[2]:
+            row = yield SPEND, values
+            self.compared = row is not None
+            self.activated = bool(row and row[0])
+
+
+class Session:
+    """A connection on which somebody takes one step after another."""
+
+    def __init__(self, url):
+        self.connection = psycopg2.connect(url, async_=True)
+        while not self.is_free():
+            pass
+
+    def begin(self, actor, email):
+        self.email, self.cursor = email, None
+        self.steps, self.owed, self.ended = actor.run(), 0, False
+
+    def is_free(self):
+        return self.connection.poll() == POLL_OK
+
+    def take_step(self):
+        """Begins the next statement, if there is one; needs is_free()."""
+        self.owed -= 1
+        row = None
+        if self.cursor and self.cursor.description:
+            row = self.cursor.fetchone()
+        try:
+            statement, values = self.steps.send(row)
+        except StopIteration:
+            self.owed, self.ended = 0, True
+        else:
+            self.cursor = self.connection.cursor()
+            self.cursor.execute(statement, values | {"email": self.email})
+
+
+def take_steps(order, sessions, waits):
+    """Each session takes a step when it is its turn, or as soon as it can after that.
+
+    waits(session) tells whether it waits for a lock.
+    """
+    def take_what_is_owed():
+        while ready := [each for each in sessions if each.owed > 0 and each.is_free()]:
+            for session in ready:
+                session.take_step()
+                while not session.is_free() and not waits(session):
+                    pass
+
+    for session in order:
+        session.owed += 1
+        take_what_is_owed()
+    while any(each.owed > 0 or not each.is_free() for each in sessions):
+        take_what_is_owed()
+    for session in sessions:
+        while not session.ended:    # the end, after the row of its last statement
+            session.owed = 1
+            take_what_is_owed()
+
+
+# -- Every order -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sessions(servers):
+    three = [Session(servers.postgres.api_url) for _ in range(3)]
+    yield three
+    for session in three:
+        session.connection.close()
+
+
+CASTS = {
+    "two registrations": [Register(1), Register(2)],
+    "a registration, the old pair": [Register(1), Activate(0, 0)],
+    "a registration, its pair": [Register(1), Activate(1, 1)],
+    "a registration, the old password with its code": [Register(1), Activate(0, 1)],
+    "a registration, its password with the old code": [Register(1), Activate(1, 0)],
+    "the pair twice": [Activate(0, 0), Activate(0, 0)],
+    "the pair and a wrong code": [Activate(0, 0), Activate(0, WRONG)],
+    "two registrations, the pair of one": [Register(1), Register(2), Activate(1, 1)],
+    "two registrations, a mixture": [Register(1), Register(2), Activate(1, 2)],
+    "a registration, both pairs": [Register(1), Activate(0, 0), Activate(1, 1)],
+    "a registration, both mixtures": [Register(1), Activate(0, 1), Activate(1, 0)],
+    "a registration, a wrong code, the pair": [
+        Register(1), Activate(0, WRONG), Activate(0, 0)],
+    "a registration, a wrong code, its pair": [
+        Register(1), Activate(1, WRONG), Activate(1, 1)],
+    "the pair three times": [Activate(0, 0)] * 3,
+    "three wrong codes": [Activate(0, WRONG)] * 3,
+    "two wrong codes, the pair": [
+        Activate(0, WRONG), Activate(0, WRONG), Activate(0, 0)]}
+
+BEFORE = {      # attempts, expires in seconds, active
+    "a new code": (0, 60, False), "one try left": (ALLOWED - 1, 60, False),
+    "no try left": (ALLOWED, 60, False), "an expired code": (0, -1, False),
+    "an active account": (1, 60, True)}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("cast", CASTS)
+def test_it_activates_once_one_pair_within_the_attempts_in_any_order(
+        sessions, database, cast, before):
+    attempts, seconds, active = BEFORE[before]
+    actors = [copy(actor) for actor in CASTS[cast]]
+    turns = [number for number, actor in enumerate(actors) for _ in range(actor.steps)]
+
+    def waits(session):
+        return database("SELECT 1 FROM pg_locks WHERE pid = %s AND NOT granted",
+                        [session.connection.get_backend_pid()])
+
+    for order in sorted(set(itertools.permutations(turns))):
+        email = fresh_email()
+        database("""
+            INSERT INTO users (email, password_hash, code_digest, attempts, expires_at,
+                               activated_at)
+            VALUES (%(email)s, %(password_hash)s, %(code_digest)s, %(attempts)s,
+                    now() + %(seconds)s * interval '1 s',
+                    CASE WHEN %(active)s THEN now() END)
+            """, pair(0, 0) | {"email": email, "attempts": attempts,
+                               "seconds": seconds, "active": active})
+        for session, actor in zip(sessions, actors):
+            session.begin(actor, email)
+        taking_part = sessions[:len(actors)]
+
+        take_steps([taking_part[number] for number in order], taking_part, waits)
+
+        [(password, code, tried, activated_at)] = database("""
+            SELECT password_hash, code_digest, attempts, activated_at
+              FROM users WHERE email = %s""", [email])
+        tries = [actor for actor in actors if isinstance(actor, Activate)]
+        winners = [actor for actor in tries if actor.activated]
+        number = int(password.split()[1])
+        assert bytes(code) == pair(number, number)["code_digest"], order
+        assert tried <= ALLOWED, order
+        assert len(winners) <= (not active), order
+        assert bool(activated_at) == (active or len(winners) == 1), order
+        assert all(each.password == each.code == number for each in winners), order
+        assert number == 0 or not active, order     # nothing about it has changed
+        for each in {actor.password for actor in tries}:
+            compared = sum(actor.compared for actor in tries if actor.password == each)
+            assert compared <= ALLOWED - (attempts if each == 0 else 0), order

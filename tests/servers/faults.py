@@ -126,7 +126,9 @@ def way_to(url):
     """A relay to the server of a URL, as way.url.
 
     Each of the server's answers is .seconds late. Unless .answers is None, only so many
-    pass: instead of the next one, the way closes both connections.
+    pass: instead of the next one, the way closes both connections. What .is_held(data,
+    is_answer) is true of never arrives: .held is set, and the way stands still until
+    .released is.
     """
     def relay(source, target, is_answer):
         with suppress(OSError):
@@ -135,6 +137,10 @@ def way_to(url):
                     if way.answers == 0:
                         break
                     way.answers -= 1
+                if way.is_held(data, is_answer):
+                    way.held.set()
+                    way.released.wait()
+                    continue
                 time.sleep(way.seconds if is_answer else 0)
                 target.sendall(data)
         for end in source, target:
@@ -151,7 +157,8 @@ def way_to(url):
 
     port, free = urlsplit(url).port, free_port()
     way = SimpleNamespace(url=url.replace(f":{port}", f":{free}"), seconds=0,
-                          answers=None)
+                          answers=None, is_held=lambda data, is_answer: False,
+                          held=threading.Event(), released=threading.Event())
     with socket.create_server(("127.0.0.1", free)) as listener:
         threading.Thread(target=accept, daemon=True).start()
         yield way

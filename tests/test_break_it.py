@@ -7,7 +7,7 @@ they stop and pause the servers here. Seconds and codes may be others.
 from urllib.parse import urlsplit
 
 import pytest
-from steps.readme import break_it, run_with_compose, shape
+from steps.readme import break_it, run_with_compose, script_of, shape
 
 SECTION = break_it()
 
@@ -31,12 +31,9 @@ def test_it_has_six_ways_to_break_it():
 
 @pytest.mark.parametrize("way", SECTION.breaks)
 def test_it_prints_what_the_readme_shows(service, compose, way):
-    script = f"{SECTION.shortcuts}\n{SECTION.breaks[way].command}"
-    for there, here in [("localhost:8000", urlsplit(service.url).netloc),
-                        ("localhost:1080", urlsplit(service.maildev_url).netloc),
-                        ("sleep 20", "sleep 4")]:
-        script = script.replace(there, here)
+    script = script_of(SECTION, way, urlsplit(service.url).netloc,
+                       urlsplit(service.maildev_url).netloc)
 
-    output = run_with_compose(script, compose)
+    output = run_with_compose(script.replace("sleep 20", "sleep 4"), compose)
 
     assert shape(output) == shape(SECTION.breaks[way].output)

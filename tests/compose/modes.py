@@ -13,7 +13,7 @@ import uuid
 import pytest
 from servers.process import TOP, free_port
 from steps import fresh_email, register
-from steps.readme import break_it, shape
+from steps.readme import break_it, script_of, shape
 
 PRODUCTION = {
     "SECRET_KEY": "only for the tests, 32 characters and more",
@@ -135,9 +135,8 @@ def test_postgresql_logs_no_statement_that_fails(development):
 
 @pytest.mark.parametrize("way", SECTION.breaks)
 def test_it_prints_what_the_readme_shows(development, way):
-    script = f"{SECTION.shortcuts}\n{SECTION.breaks[way].command}"
-    script = script.replace("localhost:8000", f"localhost:{development.port}")
-    script = script.replace("localhost:1080", f"localhost:{development.mail_port}")
+    script = script_of(SECTION, way, f"localhost:{development.port}",
+                       f"localhost:{development.mail_port}")
 
     done = development.run(["bash", "-c", script])
 

@@ -1,6 +1,5 @@
 """nginx with nginx.conf, before APIs on this machine."""
 
-
 from servers.install import find
 from servers.process import TOP, Server, free_port, responds
 

@@ -25,6 +25,12 @@ def break_it():
     return SimpleNamespace(shortcuts=shortcuts, breaks=found)
 
 
+def script_of(section, way, api, maildev):
+    """The shortcuts and the command of a way, with these as its two servers."""
+    script = f"{section.shortcuts}\n{section.breaks[way].command}"
+    return script.replace("localhost:8000", api).replace("localhost:1080", maildev)
+
+
 def run_with_compose(script, compose):
     """What a script prints. Each `docker compose WORDS` in it calls compose(WORDS)."""
     ours, theirs = socket.socketpair()

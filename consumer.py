@@ -29,10 +29,12 @@ import os
 import re
 import signal
 import smtplib
+import socket
 import ssl
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
 from email.utils import formataddr, formatdate, parseaddr
@@ -72,8 +74,9 @@ LOG_LEVEL = setting(
     "LOG_LEVEL", "INFO", "(?i)debug|info|warning|error|critical").upper()
 
 NAME, SENDER = parseaddr(MAIL_FROM)
+SMTP_GREETING = 20    # seconds for the connection and the mail server's greeting
 SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute to reply 250
-HEARTBEAT = 60        # seconds; RabbitMQ closes a connection that misses two
+HEARTBEAT = 5         # seconds; a consumer that misses two loses its jobs to others
 RETRY_DELAY = 3       # seconds until a job is tried again, at the earliest
 PREFETCH = 1000       # unsettled jobs, including those that wait for a retry
 logging.Formatter.converter = time.gmtime
@@ -164,7 +167,8 @@ def process(message):
     if not time.time() < expires_at:   # NaN counts as expired
         return "expired", None
     try:
-        send(job["email"], mail)
+        with heartbeats(message.channel.connection):
+            send(job["email"], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         return ("refused" if reply_code(error) >= 500 else "retry"), error
     except OSError as error:   # every exception of smtplib is one
@@ -195,6 +199,25 @@ def settle(message, outcome, error=None):
         message.ack()
 
 
+@contextmanager
+def heartbeats(connection):
+    """Send heartbeats to RabbitMQ in the block, which may take minutes.
+
+    Otherwise, RabbitMQ would give the job to another consumer, and that would mail it,
+    too.
+    """
+    def beat(number, frame):   # the block itself writes nothing to RabbitMQ
+        with suppress(OSError):
+            connection.send_heartbeat()
+
+    signal.signal(signal.SIGALRM, beat)
+    signal.setitimer(signal.ITIMER_REAL, 2, 2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 # -- SMTP ------------------------------------------------------------------------------
 
 smtp = None   # the open session: opening one takes longer than sending a mail
@@ -222,10 +245,12 @@ def reset_session():
 def open_session():
     """A session, encrypted and logged in as the settings say."""
     tls = ssl.create_default_context()   # verifies certificates
-    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_TIMEOUT}
+    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING}
     try:
         session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
                    else smtplib.SMTP(**server))
+        session.sock.settimeout(SMTP_TIMEOUT)
+        watch(session.sock)
         if SMTP_TLS == "starttls":
             session.starttls(context=tls)
         if SMTP_USERNAME:
@@ -250,6 +275,18 @@ def reply_code(error):
         [(code, _)] = error.recipients.values()   # each mail has one recipient
         return code
     return getattr(error, "smtp_code", None)
+
+
+def watch(sock):
+    """Have the kernel break a connection if the other one is silent for 4 seconds.
+
+    It asks every second. A server that takes its time has a kernel that answers. Where
+    the network has lost the connection, nobody does.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1),
+                          (socket.TCP_USER_TIMEOUT, 4000)):   # s, s, ms
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 # -- The loop --------------------------------------------------------------------------
@@ -309,6 +346,7 @@ def main():
             other_hosts = BROKER_URL.count(";")
             connection.ensure_connection(
                 max_retries=other_hosts, interval_start=0, interval_step=0)
+            watch(connection.connection.sock)
             consume(connection)
         except (AMQPError, KombuError, OSError) as error:
             log.warning("event=outage server=broker error=%s", type(error).__name__)

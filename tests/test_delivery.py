@@ -2,12 +2,16 @@
 
 import contextlib
 import pickle
+import socket
 import threading
 import time
+from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from servers.faults import cut_connections
+from servers.faults import cut_connections, paused
 from servers.process import free_port
 from servers.smtp import DROP, SmtpServer
 from servers.system import SENDER
@@ -247,11 +251,11 @@ def test_it_unpickles_nothing(mailer, job):
 
 def test_it_mails_once_over_a_relay_that_takes_its_time(new_mailer, job):
     smtp = new_mailer.smtp
-    smtp.replies["CONTENT", job["email"]] = [8] * 10     # seconds until its 250
+    smtp.replies["CONTENT", job["email"]] = [20] * 10    # s: heartbeats are missed sooner
 
     put(new_mailer.broker, job)
 
-    assert len(arrived(smtp, job["email"])) == 1
+    wait_until(lambda: smtp.mails_to(job["email"]), 60)
     assert next_mail_arrives(new_mailer, job)
     assert smtp.tries[job["email"]] == 1
     assert not events(new_mailer.log, event="outage")
@@ -272,6 +276,54 @@ def test_it_does_not_mail_twice_when_its_ack_was_lost(
     assert next_mail_arrives(mailer, job)
     assert smtp.tries[job["email"]] == 1
     assert not waiting_in(broker)
+
+
+def test_another_one_mails_the_jobs_of_a_consumer_that_fell_silent(
+        broker, start_consumer, smtp, job):
+    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+
+    with paused(silent):
+        put(broker, job)
+        wait_until(lambda: not waiting_in(broker))     # the silent one has it
+        start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+
+        wait_until(lambda: smtp.mails_to(job["email"]), 40)
+
+
+def test_its_kernel_asks_every_second_whether_the_other_machines_are_there(
+        broker, new_mailer, job):
+    smtp = new_mailer.smtp
+    smtp.replies["CONTENT", job["email"]] = [threading.Event()]
+    put(broker, job)
+    wait_until(lambda: smtp.held)
+
+    for port in urlsplit(broker).port, smtp.port:
+        wait_until(lambda port=port: asks_within_a_second(new_mailer, port))
+
+
+def asks_within_a_second(consumer, port):
+    """Whether the kernel's keepalive timer of its connection to a port ends by then."""
+    process = Path(f"/proc/{consumer.process.pid}")
+    sockets = {file.readlink().name for file in (process / "fd").iterdir()}
+    [line] = [line for line in map(str.split, (process / "net/tcp").open())
+              if line[2].endswith(f":{port:04X}") and f"socket:[{line[9]}]" in sockets]
+    timer, centiseconds = line[5].split(":")
+    return timer == "02" and int(centiseconds, 16) <= 100     # 02: keepalive
+
+
+def test_it_tries_again_when_a_connection_to_the_mail_server_is_not_accepted(
+        broker, start_consumer, job):
+    with ExitStack() as sockets:
+        deaf = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):      # of a full queue, the kernel drops what else comes
+            queued = sockets.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(deaf.getsockname())
+        mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(deaf.getsockname()[1]))
+
+        message_id = put(broker, job)
+
+        wait_until(lambda: outcomes(mailer, message_id) == ["retry"], 40)
 
 
 def test_it_leaves_a_job_in_the_queue_until_the_mail_server_has_taken_the_mail(

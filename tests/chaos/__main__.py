@@ -2,9 +2,11 @@
 
     make chaos                              about ten minutes
     make chaos OPTIONS="--rounds 1"         about three
+    make chaos OPTIONS="--network"          network faults, eleven minutes; as root
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
-something behind, an answer took over 5 seconds, or a process ended by itself.
+something behind, an answer took over 5 seconds, healing over 10, or a process ended by
+itself.
 servers/faults.py has the faults, load.py the callers, account.py the table.
 """
 
@@ -20,7 +22,7 @@ from servers.process import tree
 from servers.sink import Sink
 from servers.system import whole_system
 
-from chaos import load
+from chaos import load, network
 from chaos.account import account
 
 # -- Faults ----------------------------------------------------------------------------
@@ -69,13 +71,14 @@ def faults(system):
 
 OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
          "PostgreSQL's sessions cut", "PostgreSQL paused"}     # they are soon over
+HEALING = 10      # seconds from the end of a fault until everything works again
 ENDS_ONE = {"consumer killed", "gunicorn worker killed", "RabbitMQ's queue full"}
 
 
 # -- The run ---------------------------------------------------------------------------
 
 
-def run(system, callers, rounds, chance):
+def run(system, callers, rounds, chance, faults):
     """Does all faults in each round, in a new order; returns (faults, failures)."""
     done, failures = [], []
     for number in range(rounds):
@@ -89,6 +92,10 @@ def run(system, callers, rounds, chance):
             done.append(load.Fault(name, of_database))
             with done[-1].under(callers), inflict():
                 time.sleep(chance.uniform(shortest, longest))
+            fault = done[-1]
+            if fault.healed - fault.ended > HEALING:
+                failures.append(f"healed after {fault.healed - fault.ended:.1f} s "
+                                f"only: {name}")
             gone = len(before - processes(system))
             if gone > (name in ENDS_ONE):
                 failures.append(f"{gone} processes of the program ended: {name}")
@@ -105,16 +112,20 @@ def main():
     parser = argparse.ArgumentParser("chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
+    parser.add_argument("--network", action="store_true",
+                        help="the faults of network.py, eleven minutes a round")
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
-    with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME),
-                      WEB_CONCURRENCY=None) as system:
+    changes = {"CODE_LIFETIME": str(load.LIFETIME), "WEB_CONCURRENCY": None}
+    with (network.system_on_machines(**changes) if options.network else
+          whole_system(Sink, **changes)) as system:
         callers = load.Load([system.api], system.mail_server, options.seed)
         callers.start()
         try:
             time.sleep(5)
             done, failures = run(system, callers, options.rounds,
-                                 random.Random(options.seed))
+                                 random.Random(options.seed),
+                                 network.faults if options.network else faults)
         finally:
             callers.finish()
         failures += account(callers, done, system.postgres.url, system.rabbitmq.url,

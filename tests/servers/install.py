@@ -17,6 +17,7 @@ PACKAGES = {  # by a server's name: {program: package of Debian}
     "RabbitMQ": {"rabbitmq-server": "rabbitmq-server"},
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},
+    "network": {"ip": "iproute2"},
     "Chromium": {"chromium": "chromium"}}
 
 

@@ -37,7 +37,8 @@ class Postgres(Server):
 
     def command(self):
         return [find("postgres"), "-D", self.data, "-p", str(self.port),
-                "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+                "-c", f"listen_addresses={self.address}",
+                "-c", "unix_socket_directories="]
 
     def launch(self):
         if not self.data.exists():
@@ -68,4 +69,4 @@ class Postgres(Server):
                     self.url_of(database)], input=sql)
 
     def url_of(self, database, role="registration"):
-        return f"postgresql://{role}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{role}@{self.address}:{self.port}/{database}"

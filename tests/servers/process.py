@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,6 +38,8 @@ class Server:
     env = cwd = None  # None: ours
     log = None        # where stdout and stderr are appended; None: the terminal
     process = None
+    address = "127.0.0.1"       # where it listens
+    machine = nullcontext()     # where it runs: one of network.py's, or here
 
     def __init__(self, folder):
         self.folder = Path(folder).resolve()
@@ -53,7 +55,7 @@ class Server:
 
         In a session of its own: Ctrl-C in the terminal is for us, and we stop in order.
         """
-        with open(self.log or os.devnull, "ab") as log:
+        with open(self.log or os.devnull, "ab") as log, self.machine:
             output = log if self.log else None
             self.process = subprocess.Popen(
                 self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -248,9 +250,9 @@ def free_port():
     return port
 
 
-def says(port, greeting=b""):
+def says(port, greeting=b"", address="127.0.0.1"):
     """Whether a server says anything, to our greeting or without."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as server:
+    with suppress(OSError), socket.create_connection((address, port), 5) as server:
         server.sendall(greeting)
         return server.recv(1) != b""
 

@@ -29,7 +29,7 @@ class RabbitMQ(Server):
             "ERL_EPMD_PORT": str(free_port()),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": "registration@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_IP_ADDRESS": self.address,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             # The second half: idle schedulers sleep, and leave the cores to the others.
@@ -56,12 +56,14 @@ class RabbitMQ(Server):
         return ["sh", "-c", script, find("epmd"), find("rabbitmq-server")]
 
     def answers(self):
-        return says(self.port, b"AMQP\0\0\x09\x01")  # it listens when all else is ready
+        # It listens when all else is ready.
+        return says(self.port, b"AMQP\0\0\x09\x01", self.address)
 
     def url_of(self, vhost):
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/{vhost}"
+        return f"amqp://guest:guest@{self.address}:{self.port}/{vhost}"
 
     def ctl(self, *arguments):
         """What rabbitmqctl prints for this node."""
-        return run([find("rabbitmqctl"), "-q", *arguments],
-                   env=self.env, cwd=self.folder)
+        with self.machine:
+            return run([find("rabbitmqctl"), "-q", *arguments],
+                       env=self.env, cwd=self.folder)

@@ -30,11 +30,11 @@ class Sink(Server):
         self.record.touch()
 
     def command(self):
-        return [sys.executable, "-m", "servers.sink", str(self.smtp_port),
-                self.record]
+        return [sys.executable, "-m", "servers.sink", self.address,
+                str(self.smtp_port), self.record]
 
     def answers(self):
-        return says(self.smtp_port)
+        return says(self.smtp_port, address=self.address)
 
 
 class Record:
@@ -59,6 +59,6 @@ class Record:
 
 
 if __name__ == "__main__":
-    server = SmtpServer(int(sys.argv[1]))
-    server.mails = Record(sys.argv[2])
+    server = SmtpServer(int(sys.argv[2]), address=sys.argv[1])
+    server.mails = Record(sys.argv[3])
     threading.Event().wait()

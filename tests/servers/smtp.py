@@ -29,9 +29,10 @@ class SmtpServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     block_on_close = False
 
-    def __init__(self, port, tls=None, implicit_tls=False, login=None):
+    def __init__(self, port, tls=None, implicit_tls=False, login=None,
+                 address="127.0.0.1"):
         """tls: an SSLContext, for STARTTLS or implicit; login: (name, password)."""
-        super().__init__(("127.0.0.1", port), Session)
+        super().__init__((address, port), Session)
         self.port = port
         self.tls, self.implicit_tls, self.login = tls, implicit_tls, login
         self.greetings = []      # other than 220, one a connection

@@ -65,11 +65,11 @@ def create_tables(postgres, database="registration", home=TOP):
 
 
 @contextmanager
-def running_servers(mail_server):
+def running_servers(mail_server, postgres=Postgres, rabbitmq=RabbitMQ):
     """PostgreSQL with the tables, RabbitMQ, and a mail server: MailDev or Sink."""
     install_missing(Postgres.name, RabbitMQ.name, mail_server.name)
     with temporary_folder() as folder, running(
-            Postgres(folder), RabbitMQ(folder), mail_server(folder)) as servers:
+            postgres(folder), rabbitmq(folder), mail_server(folder)) as servers:
         postgres, rabbitmq, mail_server = servers
         create_tables(postgres)
         yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,
@@ -77,12 +77,13 @@ def running_servers(mail_server):
 
 
 @contextmanager
-def running_program(folder, settings, home=TOP, python=sys.executable):
+def running_program(folder, settings, home=TOP, python=sys.executable,
+                    consumer=Consumer):
     """An API and a consumer, with their logs in a folder: (API, consumer).
 
     home is the folder of the program itself.
     """
-    processes = Gunicorn(folder, settings), Consumer(folder, settings)
+    processes = Gunicorn(folder, settings), consumer(folder, settings)
     for process in processes:
         process.cwd, process.python = home, python
     with running(*processes):

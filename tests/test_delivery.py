@@ -251,7 +251,7 @@ def test_it_unpickles_nothing(mailer, job):
 
 def test_it_mails_once_over_a_relay_that_takes_its_time(new_mailer, job):
     smtp = new_mailer.smtp
-    smtp.replies["CONTENT", job["email"]] = [20] * 10    # s: heartbeats are missed sooner
+    smtp.replies["CONTENT", job["email"]] = [20] * 10    # s; RabbitMQ waits for 15
 
     put(new_mailer.broker, job)
 

@@ -9,6 +9,7 @@ help:
 	@echo "make compose    both modes of Docker Compose, two minutes"
 	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
+	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"
 	@echo "make lint       ruff's default rules, and the order of imports"

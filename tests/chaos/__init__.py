@@ -1,6 +1,7 @@
 """The whole system under load while something in it is killed, paused, cut or full.
 
     make chaos      __main__.py, ten minutes: every fault of servers/faults.py
+    make chaos OPTIONS="--network"      network.py: packets lost, links down; as root
     make failover   failover.py, four minutes: a cluster of brokers, a standby database
 
 Options follow: make chaos OPTIONS="--rounds 4 --seed 11". Read __main__.py, then

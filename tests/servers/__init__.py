@@ -10,6 +10,7 @@ alone what the system runs. Only for Linux (/proc).
     system.py       all of it together, with the settings: read it second
     install.py      finds and installs what the servers need
     run.py          make run
+    network.py      machines of our own, and wires that fail; only for root
     faults.py       what can go wrong with a server
     smtp.py         a mail server that answers what a test tells it
     sink.py         a mail server that can be killed, and whose record outlives it

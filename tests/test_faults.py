@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from servers.faults import (
     alarmed,
+    crowded,
     cut_connections,
     cut_sessions,
     down,
@@ -106,7 +107,8 @@ OUTAGES = {
     "broker alarmed": lambda servers: alarmed(servers.rabbitmq),
     "database down": lambda servers: down(servers.postgres),
     "database paused": lambda servers: paused(servers.postgres),
-    "database read-only": lambda servers: read_only(servers.postgres)}
+    "database read-only": lambda servers: read_only(servers.postgres),
+    "database crowded": lambda servers: crowded(servers.postgres)}
 
 
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())

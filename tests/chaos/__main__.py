@@ -17,7 +17,15 @@ import sys
 import time
 from contextlib import contextmanager
 
-from servers.faults import alarmed, cut_connections, cut_sessions, full, killed, paused
+from servers.faults import (
+    alarmed,
+    crowded,
+    cut_connections,
+    cut_sessions,
+    full,
+    killed,
+    paused,
+)
 from servers.process import tree
 from servers.sink import Sink
 from servers.system import whole_system
@@ -63,6 +71,7 @@ def faults(system):
             lambda: cut_sessions(postgres)), 0, 0),
         ("RabbitMQ's connections cut", False, lambda: at_once(
             lambda: cut_connections(rabbitmq)), 0, 0),
+        ("PostgreSQL's connections used up", True, lambda: crowded(postgres), 1, 4),
         ("PostgreSQL paused", True, lambda: paused(postgres), 1, 6),
         ("RabbitMQ paused", False, lambda: paused(rabbitmq), 1, 6),
         ("RabbitMQ alarmed", False, lambda: alarmed(rabbitmq), 1, 4),

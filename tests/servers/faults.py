@@ -5,6 +5,7 @@
     paused      its connections stay open, and it answers nothing
     alarmed     RabbitMQ believes that it is out of memory
     read_only   PostgreSQL takes no writes, as if its disk were full
+    crowded     PostgreSQL lets nobody in, as at its limit of connections
     full        RabbitMQ's mail queue takes nothing more
     cut         the clients lost their connections; the server itself is well
 
@@ -80,6 +81,17 @@ def read_only(postgres):
         postgres.psql("SET default_transaction_read_only = off; "
                       "ALTER SYSTEM RESET default_transaction_read_only")
         postgres.psql("SELECT pg_reload_conf()")
+
+
+@contextmanager
+def crowded(postgres):
+    """The API's role has all the connections that it may have: none."""
+    postgres.psql("ALTER ROLE registration_api CONNECTION LIMIT 0")
+    cut_sessions(postgres)
+    try:
+        yield
+    finally:
+        postgres.psql("ALTER ROLE registration_api CONNECTION LIMIT -1")
 
 
 @contextmanager

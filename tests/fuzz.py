@@ -16,9 +16,7 @@ import re
 import sys
 import tempfile
 import unicodedata
-from contextlib import suppress
 from email import message_from_string
-from email.policy import default
 from pathlib import Path
 
 import atheris
@@ -143,10 +141,9 @@ def on_message(data):
     if channel.settled == ["reject"]:
         assert not mails
     for email, text in mails:
-        mail = message_from_string(text, policy=default)
+        mail = message_from_string(text)    # parses no header, unlike policy=default
         assert re.fullmatch("[!-~]+@[!-~]+", email), email
-        with suppress(IndexError):
-            assert [mail["To"]] == mail.get_all("To"), mail.get_all("To")
+        assert mail.get_all("To") == [email], mail.get_all("To")
         assert sorted(set(mail.keys())) == [
             "Auto-Submitted", "Content-Type", "Date", "From", "MIME-Version",
             "Message-ID", "Subject", "To"], mail.keys()

@@ -199,25 +199,6 @@ def settle(message, outcome, error=None):
         message.ack()
 
 
-@contextmanager
-def heartbeats(connection):
-    """Send heartbeats to RabbitMQ in the block, which may take minutes.
-
-    Otherwise, RabbitMQ would give the job to another consumer, and that would mail it,
-    too.
-    """
-    def beat(number, frame):   # the block itself writes nothing to RabbitMQ
-        with suppress(OSError):
-            connection.send_heartbeat()
-
-    signal.signal(signal.SIGALRM, beat)
-    signal.setitimer(signal.ITIMER_REAL, 2, 2)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 # -- SMTP ------------------------------------------------------------------------------
 
 smtp = None   # the open session: opening one takes longer than sending a mail
@@ -277,8 +258,30 @@ def reply_code(error):
     return getattr(error, "smtp_code", None)
 
 
+# -- Keeping a connection, and giving up a lost one ------------------------------------
+
+
+@contextmanager
+def heartbeats(connection):
+    """Send heartbeats to RabbitMQ in the block, which may take minutes.
+
+    Otherwise, RabbitMQ would give the job to another consumer, and that would mail it,
+    too.
+    """
+    def beat(number, frame):   # the block itself writes nothing to RabbitMQ
+        with suppress(OSError):
+            connection.send_heartbeat()
+
+    signal.signal(signal.SIGALRM, beat)
+    signal.setitimer(signal.ITIMER_REAL, 2, 2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def watch(sock):
-    """Have the kernel break a connection if the other one is silent for 4 seconds.
+    """Have the kernel break a connection if the other machine is silent for 4 seconds.
 
     It asks every second. A server that takes its time has a kernel that answers. Where
     the network has lost the connection, nobody does.

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import atheris
 from kombu import Message
+from servers.process import TOP
+from servers.system import settings_for
 from werkzeug.exceptions import HTTPException
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.update(
-    PYTHON_DOTENV_DISABLED="1", DATABASE_URL="postgresql://localhost/x",
-    BROKER_URL="amqp://localhost//", SECRET_KEY="only for the fuzzer, 32 characters",
-    MAIL_FROM="Registration <registration@example.com>", LOG_LEVEL="CRITICAL")
+sys.path.insert(0, str(TOP))
+os.environ.update(settings_for(
+    "postgresql://localhost/nobody", "amqp://localhost//", 1025,
+    PYTHON_DOTENV_DISABLED="1", LOG_LEVEL="CRITICAL"))
 
 import consumer
 import service

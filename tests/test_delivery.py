@@ -5,7 +5,6 @@ import pickle
 import socket
 import threading
 import time
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -313,7 +312,7 @@ def asks_within_a_second(consumer, port):
 
 def test_it_tries_again_when_a_connection_to_the_mail_server_is_not_accepted(
         broker, start_consumer, job):
-    with ExitStack() as sockets:
+    with contextlib.ExitStack() as sockets:
         deaf = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(2):      # of a full queue, the kernel drops what else comes
             queued = sockets.enter_context(socket.socket())

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from servers.process import TOP
-from servers.program import Consumer, Gunicorn
+from servers.program import Consumer, Gunicorn, resolver_options
 from steps import refused_in_time, timed
 
 # Names that only that server could know.
@@ -19,12 +19,6 @@ NAMES = {"DATABASE_URL": "postgresql://registration@database.test/registration",
          "BROKER_URL": "amqp://guest:guest@broker.test//"}
 WITH_SILENT_DNS = ["unshare", "--map-root-user", "--mount", "--net",
                    sys.executable, str(TOP / "tests/servers/silent_dns.py")]
-
-
-def resolver_options():
-    """RES_OPTIONS of the Dockerfile."""
-    return "".join(re.findall('^ENV RES_OPTIONS="(.*)"$',
-                              (TOP / "Dockerfile").read_text(), re.MULTILINE))
 
 
 class ApiWithSilentDns(Gunicorn):

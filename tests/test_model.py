@@ -8,7 +8,6 @@ be what the model says. On a failure it prints the steps.
 MODEL_STEPS=200000 takes more steps than the 2,000 of an ordinary run.
 """
 
-import hmac
 import os
 import re
 from collections import defaultdict
@@ -28,7 +27,7 @@ from hypothesis.stateful import (
 )
 from servers.process import free_port
 from servers.smtp import SmtpServer
-from servers.system import SETTINGS, running_program
+from servers.system import digest, running_program
 from steps import activate, at_once, fresh_email, register, send, wait_until
 from steps.jobs import consumers_of, delete_queues
 from steps.logs import fields_of
@@ -283,11 +282,6 @@ class Inbox:
             code = re.search(r"^[0-9]{4}\r?$", text, re.MULTILINE)
             self.found[mail.recipients[0]][job] = code and code[0].strip()
         return self.found[email]
-
-
-def digest(email, code):
-    return hmac.digest(SETTINGS["SECRET_KEY"].encode(), f"{email} {code}".encode(),
-                       "sha256")
 
 
 # -- The test --------------------------------------------------------------------------

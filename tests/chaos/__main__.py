@@ -2,7 +2,7 @@
 
     make chaos                              about ten minutes
     make chaos OPTIONS="--rounds 1"         about three
-    make chaos OPTIONS="--network"          network faults, eleven minutes; as root
+    make chaos OPTIONS="--network --rounds 1"   network faults, nine minutes; as root
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
 something behind, an answer took over 5 seconds, healing over 10, or a process ended by
@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
 from servers.faults import (
     alarmed,
@@ -80,28 +81,28 @@ def faults(system):
 
 OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
          "PostgreSQL's sessions cut", "PostgreSQL paused"}     # they are soon over
-HEALING = 10      # seconds from the end of a fault until everything works again
 ENDS_ONE = {"consumer killed", "gunicorn worker killed", "RabbitMQ's queue full"}
+HEALING = 10      # seconds from the end of a fault until everything works again
 
 
 # -- The run ---------------------------------------------------------------------------
 
 
-def run(system, callers, rounds, chance, faults):
+def run(system, callers, rounds, chance, faults_of=faults):
     """Does all faults in each round, in a new order; returns (faults, failures)."""
     done, failures = [], []
     for number in range(rounds):
         load.say(f"round {number + 1} of {rounds}")
-        turn = [each for each in faults(system)
+        turn = [each for each in faults_of(system)
                 for _ in range(3 if each[0] in OFTEN else 1)]
         chance.shuffle(turn)
         for name, of_database, inflict, shortest, longest in turn:
             time.sleep(chance.uniform(0.5, 2.5))
             before = processes(system)
-            done.append(load.Fault(name, of_database))
-            with done[-1].under(callers), inflict():
+            fault = load.Fault(name, of_database)
+            done.append(fault)
+            with fault.under(callers), inflict():
                 time.sleep(chance.uniform(shortest, longest))
-            fault = done[-1]
             if fault.healed - fault.ended > HEALING:
                 failures.append(f"healed after {fault.healed - fault.ended:.1f} s "
                                 f"only: {name}")
@@ -122,19 +123,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     parser.add_argument("--network", action="store_true",
-                        help="the faults of network.py, eleven minutes a round")
+                        help="the faults of network.py, nine minutes a round")
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
-    changes = {"CODE_LIFETIME": str(load.LIFETIME), "WEB_CONCURRENCY": None}
-    with (network.system_on_machines(**changes) if options.network else
-          whole_system(Sink, **changes)) as system:
+    system_with, faults_of = ((network.system_on_machines, network.faults)
+                              if options.network else
+                              (partial(whole_system, Sink), faults))
+    with system_with(CODE_LIFETIME=str(load.LIFETIME),
+                     WEB_CONCURRENCY=None) as system:
         callers = load.Load([system.api], system.mail_server, options.seed)
         callers.start()
         try:
             time.sleep(5)
             done, failures = run(system, callers, options.rounds,
-                                 random.Random(options.seed),
-                                 network.faults if options.network else faults)
+                                 random.Random(options.seed), faults_of)
         finally:
             callers.finish()
         failures += account(callers, done, system.postgres.url, system.rabbitmq.url,

@@ -13,7 +13,6 @@ Which request wrote a row is told by now() of its transaction, which lies betwee
 request's beginning and its end: callers use an address of their own, one at a time.
 """
 
-import hmac
 import statistics
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -22,7 +21,7 @@ import argon2
 import psycopg2
 import steps
 from psycopg2.extras import NamedTupleCursor
-from servers.system import SETTINGS
+from servers.system import digest
 from steps.jobs import DEAD, take_all
 from steps.logs import events
 
@@ -179,12 +178,6 @@ def mailed(load, request, subject):
 def verifies(password_hash, password):
     with suppress(argon2.exceptions.VerifyMismatchError):
         return argon2.PasswordHasher().verify(password_hash, password)
-
-
-def digest(email, code):
-    """As the service computes it: so a mail's code can be compared, unspent."""
-    return hmac.digest(SETTINGS["SECRET_KEY"].encode(), f"{email} {code}".encode(),
-                       "sha256")
 
 
 def repeat(load, request, user):

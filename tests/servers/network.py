@@ -59,7 +59,6 @@ class Network:
             sys.exit("network namespaces: only root can make them")
         install_missing("network")
         self.machines = {}      # by name
-        self.wires = {}         # by the last byte of the address
         try:
             system_call("unshare", CLONE_NEWNS)     # of this thread and later ones
             run(["mount", "--make-rprivate", "/"])
@@ -78,18 +77,20 @@ class Network:
     def machine(self, name):
         machine = Machine(f"10.9.0.{len(self.machines) + 1}")
         self.machines[name] = machine
-        self.wires[machine.number] = machine.wire
         return machine
 
     def carry(self):
         """The switch: takes packets off the wires, and puts them on others in time."""
         order, late = itertools.count(), []     # late: (when, order, wire, packet)
         while True:
-            by_device = {wire.device: wire for wire in self.wires.copy().values()}
+            machines = self.machines.copy().values()
+            by_device = {machine.wire.device: machine.wire for machine in machines}
+            by_address = {socket.inet_aton(machine.address): machine.wire
+                          for machine in machines}
             seconds = max(0, late[0][0] - time.monotonic()) if late else 0.1
             for device in select.select(by_device, [], [], min(seconds, 0.1))[0]:
                 packet = os.read(device, 65536)
-                target = self.wires.get(packet[19])
+                target = by_address.get(packet[16:20])
                 if packet[0] >> 4 != IPV4 or not target:
                     continue
                 source = by_device[device]
@@ -124,8 +125,7 @@ class Machine:
     """A network namespace. What a thread starts in its block runs there."""
 
     def __init__(self, address):
-        self.address, self.number = address, int(address.rpartition(".")[2])
-        self.before = []
+        self.address, self.before = address, []
         here = this_namespace()
         system_call("unshare", CLONE_NEWNET)
         self.namespace = this_namespace()

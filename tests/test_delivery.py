@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from servers.faults import cut_connections, paused
 from servers.process import free_port
+from servers.rabbitmq import RabbitMQ
 from servers.smtp import DROP, SmtpServer
 from servers.system import SENDER
 from steps import fresh_email, register, wait_until
@@ -275,6 +276,33 @@ def test_it_does_not_mail_twice_when_its_ack_was_lost(
     assert next_mail_arrives(mailer, job)
     assert smtp.tries[job["email"]] == 1
     assert not waiting_in(broker)
+
+
+@pytest.mark.parametrize("verb, trouble", [
+    ("RCPT", ["450 greylisted"] * 4), ("CONTENT", [15])])     # retries after 3 s; 15 s
+def test_it_mails_once_what_it_holds_for_longer_than_rabbitmq_lets_it(
+        impatient, start_consumer, smtp, job, verb, trouble):
+    mailer = start_consumer(BROKER_URL=impatient.url, SMTP_PORT=str(smtp.port))
+    mailer.broker, mailer.smtp = impatient.url, smtp
+    smtp.replies[verb, job["email"]] = trouble
+
+    put(impatient.url, job)
+
+    wait_until(lambda: events(mailer.log, event="outage", server="broker"), 40)
+    assert len(arrived(smtp, job["email"])) == 1
+    assert next_mail_arrives(mailer, job)
+    assert len(smtp.mails_to(job["email"])) == 1
+    assert not waiting_in(impatient.url)
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """A RabbitMQ that lets a consumer hold a job for five seconds, and not 30 minutes."""
+    rabbitmq = RabbitMQ(tmp_path_factory.mktemp("impatient"))
+    (rabbitmq.folder / "advanced.config").write_text(     # milliseconds
+        "[{rabbit, [{consumer_timeout, 5000}, {channel_tick_interval, 1000}]}].")
+    with rabbitmq:
+        yield rabbitmq
 
 
 def test_another_one_mails_the_jobs_of_a_consumer_that_fell_silent(

@@ -479,7 +479,8 @@ def execute(statement, **values):
 
 
 # Each deletion goes on where this worker's last one ended. While a backup runs, deleted
-# rows stay in the index, and a scan from its start would pass over all of them.
+# rows stay in the index, and a scan from its start would pass over all of them. If the
+# database's clock was set back since, that point is too late: it begins anew.
 limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
 
 
@@ -504,7 +505,9 @@ def delete_limits(start):
          WHERE (name, subject) IN (
                SELECT name, subject
                  FROM limits
-                WHERE expires_at BETWEEN %(start)s AND now()
+                WHERE expires_at BETWEEN
+                      CASE WHEN %(start)s < now() THEN %(start)s::timestamptz
+                           ELSE 'epoch' END AND now()
                 ORDER BY expires_at
                 LIMIT 300
                   FOR UPDATE SKIP LOCKED)   -- a locked row is in use
@@ -522,7 +525,10 @@ def delete_users(start):
                  FROM users
                 WHERE activated_at IS NULL
                   AND expires_at < now()
-                  AND registered_at BETWEEN %(start)s AND now() - interval '1 day'
+                  AND registered_at BETWEEN
+                      CASE WHEN %(start)s < now() - interval '1 day'
+                           THEN %(start)s::timestamptz
+                           ELSE 'epoch' END AND now() - interval '1 day'
                 ORDER BY registered_at
                 LIMIT 300
                   FOR UPDATE SKIP LOCKED)

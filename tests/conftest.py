@@ -111,7 +111,7 @@ def strict(servers, settings, service, tmp_path_factory):
 @pytest.fixture(scope="session")
 def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
-    names = ["queue", "mailer", "faults", "spare"]
+    names = ["queue", "mailer", "faults", "clocks", "spare"]
     everything = dict.fromkeys(["configure", "write", "read"], ".*")
     file = servers.folder / "definitions.json"
     file.write_text(json.dumps({

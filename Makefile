@@ -10,6 +10,7 @@ help:
 	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
 	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"
+	@echo "make soak       an hour of load with a fault every three minutes: what grows?"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"
 	@echo "make lint       ruff's default rules, and the order of imports"
@@ -29,6 +30,9 @@ compose: .venv/complete
 
 chaos: .venv/complete
 	$(PYTHON) -m chaos $(OPTIONS)
+
+soak: .venv/complete
+	$(PYTHON) -m chaos.soak $(OPTIONS)
 
 failover: .venv/complete
 	$(PYTHON) -m chaos.failover $(OPTIONS)
@@ -71,5 +75,5 @@ LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --custom-compile-command "make lock" $(NEWEST)
 upgrade: NEWEST = --upgrade
 
-.PHONY: help run test compose chaos failover clock bench lint common-passwords venv lock \
-	upgrade
+.PHONY: help run test compose chaos soak failover clock bench lint common-passwords venv \
+	lock upgrade

@@ -1,8 +1,11 @@
-"""docs/load.svg, by hand: goodput and p99 as the offered load grows, through the edge.
+"""The pictures in docs/, by hand.
 
-Two panels, one above the other, share the horizontal axis, in multiples of the capacity
-on a logarithmic scale. The colours can be read on white and on dark pages, so there is
-no background.
+load.svg has goodput and p99 as the offered load grows, through the edge. Two panels,
+one above the other, share the horizontal axis, in multiples of the capacity on a
+logarithmic scale. soak.svg has a panel for each thing that should not grow, over the
+minutes of chaos/soak.py.
+
+The colours can be read on white and on dark pages, so there is no background.
 """
 
 import math
@@ -59,9 +62,53 @@ def load(points, capacity):
     parts += legend(270, 290, ACCEPTED, "accepted (202)")
     parts += legend(420, 290, REFUSED, "refused (503, Retry-After)")
     parts += legend(420, 30, GREY, "ideal: all, up to the capacity", dashed=True)
+    return svg(parts, HEIGHT)
+
+
+def soak(panels, minutes, marks):
+    """panels: (title, [(name, [(minute, value)])]); marks: minutes of the faults."""
+    def x(minute):
+        return LEFT + (RIGHT - LEFT) * minute / minutes
+
+    parts, bottom = [], 0
+    for title, series in panels:
+        top, bottom = bottom + 50, bottom + 130
+        step = tick_step(max(value for _, values in series for _, value in values))
+        ticks = 4 * step        # the upper edge
+
+        def y(value, bottom=bottom, ticks=ticks):
+            return bottom - 80 * min(1, value / ticks)
+
+        parts += [text(LEFT, top - 15, title, weight="bold"),
+                  *(line(x(mark), top, x(mark), bottom, 0.6) for mark in marks)]
+        for tick in (0, 2 * step, 4 * step):
+            parts += [line(LEFT, y(tick), RIGHT, y(tick)),
+                      text(LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end")]
+        for number, (name, values) in enumerate(series):
+            colour = (GOOD, ACCEPTED, REFUSED, GREY)[number]
+            parts.append(curve([(x(minute), y(value)) for minute, value in values],
+                               colour, dots=False))
+            if name:
+                parts += legend(210 + 135 * number, top - 15, colour, name, dots=False)
+    bottom += 25
+    parts += [text(x(minutes * n / 6), bottom, f"{minutes * n / 6:g}", anchor="middle")
+              for n in range(7)]
+    parts.append(text((LEFT + RIGHT) / 2, bottom + 22, "minutes; each upright line is "
+                      "a fault", anchor="middle"))
+    return svg(parts, bottom + 35)
+
+
+def tick_step(highest):
+    """A round number, four of which are at least as much."""
+    power = 10 ** math.floor(math.log10(max(highest, 1e-9) / 4))
+    return power * next(n for n in (1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10)
+                        if 4 * n * power >= highest)
+
+
+def svg(parts, height):
     return "\n".join([
-        (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-         f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">'),
+        (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+         f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">'),
         *parts, "</svg>", ""])
 
 
@@ -70,21 +117,21 @@ def text(x, y, content, anchor="start", weight="normal"):
             f'font-weight="{weight}">{content}</text>')
 
 
-def line(x1, y1, x2, y2):
+def line(x1, y1, x2, y2, opacity=0.3):
     return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
-            f'stroke="{GREY}" stroke-opacity="0.3"/>')
+            f'stroke="{GREY}" stroke-opacity="{opacity}"/>')
 
 
-def curve(points, colour, dashed=False):
+def curve(points, colour, dashed=False, dots=True):
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = ' stroke-dasharray="5 4"' if dashed else ""
-    dots = "" if dashed else "".join(
+    circles = "" if dashed or not dots else "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
         for x, y in points)
     return (f'<polyline points="{path}" fill="none" stroke="{colour}" '
-            f'stroke-width="{1.5 if dashed else 2.5}"{dash}/>{dots}')
+            f'stroke-width="{1.5 if dashed else 2.5}"{dash}/>{circles}')
 
 
-def legend(x, y, colour, content, dashed=False):
-    return [curve([(x, y - 4), (x + 26, y - 4)], colour, dashed),
+def legend(x, y, colour, content, dashed=False, dots=True):
+    return [curve([(x, y - 4), (x + 26, y - 4)], colour, dashed, dots),
             text(x + 34, y, content)]

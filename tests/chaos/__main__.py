@@ -96,20 +96,28 @@ def run(system, callers, rounds, chance, faults_of=faults):
         turn = [each for each in faults_of(system)
                 for _ in range(3 if each[0] in OFTEN else 1)]
         chance.shuffle(turn)
-        for name, of_database, inflict, shortest, longest in turn:
+        for each in turn:
             time.sleep(chance.uniform(0.5, 2.5))
-            before = processes(system)
-            fault = load.Fault(name, of_database)
-            done.append(fault)
-            with fault.under(callers), inflict():
-                time.sleep(chance.uniform(shortest, longest))
-            if fault.healed - fault.ended > HEALING:
-                failures.append(f"healed after {fault.healed - fault.ended:.1f} s "
-                                f"only: {name}")
-            gone = len(before - processes(system))
-            if gone > (name in ENDS_ONE):
-                failures.append(f"{gone} processes of the program ended: {name}")
+            done.append(befall(system, callers, each, chance, failures))
     return done, failures
+
+
+def befall(system, callers, each, chance, failures):
+    """Does one of the faults and waits until all is healed: the Fault with its times.
+
+    Adds a line to failures for each thing that went wrong.
+    """
+    name, of_database, inflict, shortest, longest = each
+    before = processes(system)
+    fault = load.Fault(name, of_database)
+    with fault.under(callers), inflict():
+        time.sleep(chance.uniform(shortest, longest))
+    if fault.healed - fault.ended > HEALING:
+        failures.append(f"healed after {fault.healed - fault.ended:.1f} s only: {name}")
+    gone = len(before - processes(system))
+    if gone > (name in ENDS_ONE):
+        failures.append(f"{gone} processes of the program ended: {name}")
+    return fault
 
 
 def processes(system):

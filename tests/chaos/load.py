@@ -12,6 +12,7 @@ import random
 import secrets
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import steps
 
 LIFETIME = 20       # seconds a code lives: most outages are shorter
 PATIENCE = 5        # seconds within which everything has to be answered
-CLIENTS = 12        # threads: while some wait for a slow answer, others go on
+THREADS = 12        # while some wait for a slow answer, others go on
 
 
 def say(text):
@@ -51,16 +52,20 @@ class Request:
 
 
 class Load:
-    """Callers who register, activate and err; rate: so many new ones a second."""
+    """Callers who register, activate and err; rate: so many new ones a second.
 
-    def __init__(self, services, sink, seed, rate=3.5):
+    A proxy would say that each of them is a client of its own.
+    """
+
+    def __init__(self, services, sink, seed, rate=3.5, threads=THREADS):
         self.services, self.sink, self.rate = services, sink, rate
         self.random = random.Random(seed)
         self.requests = []                  # a list takes append() from any thread
         self.mails = defaultdict(list)      # of an address, in the order of arrival
+        self.arrivals = []                  # when each of them came
         self.number = itertools.count()
         self.stopping = threading.Event()
-        self.threads = [threading.Thread(target=self.call) for _ in range(CLIENTS)]
+        self.threads = [threading.Thread(target=self.call) for _ in range(threads)]
         self.reader = threading.Thread(target=self.read_mails, daemon=True)
 
     def start(self):
@@ -80,6 +85,7 @@ class Load:
                 for line in iter(file.readline, ""):
                     mail = SimpleNamespace(**json.loads(line))
                     self.mails[mail.to].append(mail)
+                    self.arrivals.append(mail.arrived)
                 time.sleep(0.05)
 
     def call(self):
@@ -89,7 +95,7 @@ class Load:
             now = time.time()
             if now > new and not self.stopping.is_set():
                 heapq.heappush(agenda, (now, next(self.number), self.story()))
-                new = now + self.random.expovariate(self.rate / CLIENTS)
+                new = now + self.random.expovariate(self.rate / len(self.threads))
             elif agenda and now > agenda[0][0]:
                 story = heapq.heappop(agenda)[2]
                 with suppress(StopIteration):
@@ -140,11 +146,12 @@ class Load:
 
     def register(self, email, password):
         return self.ask("register", email, password, None, lambda service:
-                        steps.register(service, email, password))
+                        steps.register(service, email, password, **client_of(email)))
 
     def activate(self, email, password, code):
         return self.ask("activate", email, password, code, lambda service:
-                        steps.activate(service, email, code, password))
+                        steps.activate(service, email, code, password,
+                                       **client_of(email)))
 
     def ask(self, action, email, password, code, send):
         began, status = time.time(), None
@@ -160,16 +167,22 @@ class Load:
                      and int(request.began) <= mail.issued <= request.ended), None)
 
     def successes(self, action, since=0):
-        return [request for request in self.requests.copy() if request.action == action
+        first = bisect_left(self.requests, since, key=lambda request: request.ended)
+        return [request for request in self.requests[first:] if request.action == action
                 and request.began >= since and request.status in (200, 202)]
 
     def works_since(self, instant):
         """When both endpoints and the mail had worked after it, or None: not yet."""
         firsts = [min((request.ended for request in self.successes(action, instant)),
                       default=None) for action in ("register", "activate")]
-        firsts.append(min((mail.arrived for mails in list(self.mails.values())
-                           for mail in mails if mail.arrived > instant), default=None))
+        mail = bisect_right(self.arrivals, instant)
+        firsts.append(next(iter(self.arrivals[mail:]), None))
         return None if None in firsts else max(firsts)
+
+
+def client_of(email):
+    """The header of a caller's own network."""
+    return {"X-Forwarded-For": f"2001:db8:{email[:4]}:{email[4:8]}::1"}
 
 
 def new_password():

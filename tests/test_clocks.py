@@ -14,7 +14,14 @@ from servers.clock import Clock
 from servers.postgres import Postgres
 from servers.program import Consumer, Gunicorn
 from servers.system import create_tables, running_program
-from steps import activate, code_mailed_to, fresh_email, register, registered, wait_until
+from steps import (
+    activate,
+    code_mailed_to,
+    fresh_email,
+    register,
+    registered,
+    wait_until,
+)
 from steps.jobs import outcomes
 from steps.logs import events
 

@@ -297,7 +297,7 @@ def test_it_mails_once_what_it_holds_for_longer_than_rabbitmq_lets_it(
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory):
-    """A RabbitMQ that lets a consumer hold a job for five seconds, and not 30 minutes."""
+    """A RabbitMQ that lets a consumer hold a job for 5 seconds, and not 30 minutes."""
     rabbitmq = RabbitMQ(tmp_path_factory.mktemp("impatient"))
     (rabbitmq.folder / "advanced.config").write_text(     # milliseconds
         "[{rabbit, [{consumer_timeout, 5000}, {channel_tick_interval, 1000}]}].")

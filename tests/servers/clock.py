@@ -1,4 +1,4 @@
-"""A clock that can be wrong, for one server or program: libfaketime of Debian's faketime.
+"""A clock of its own for a server, which can be wrong: libfaketime, of faketime.
 
     clock = Clock(folder)
     postgres.env |= clock.env           # before it starts
@@ -14,7 +14,7 @@ from servers.install import install_missing
 
 
 class Clock:
-    """The time of day, as processes with .env see it. Their timeouts stay as they are."""
+    """The time of day, as processes with .env see it; timeouts stay as they are."""
 
     def __init__(self, folder):
         install_missing("clock")

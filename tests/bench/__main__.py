@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +38,6 @@ from servers.edge import Edge
 from servers.install import find, install_missing
 from servers.postgres import Postgres
 from servers.process import (
-    LOCAL,
     TOP,
     Server,
     guard,
@@ -49,7 +47,7 @@ from servers.process import (
     running,
     tree,
 )
-from servers.program import Gunicorn, Program
+from servers.program import Gunicorn, Home, Program
 from servers.rabbitmq import RabbitMQ
 from servers.system import (
     create_tables,
@@ -57,11 +55,11 @@ from servers.system import (
     settings_for,
     temporary_folder,
 )
+from servers.version_1 import COMMIT, version_1
 from steps import jobs
 
 from bench import draw
 
-VERSION_1 = "7371f40"               # gunicorn's threads and argon2-cffi
 CORES = os.cpu_count()
 CALLERS, CROWD = 8, 100
 BACKLOG = ["--backlog", "64"]       # behind the edge, as in docker-compose.yml
@@ -143,37 +141,20 @@ class Limit(Gunicorn):
 def system():
     """All that runs from beginning to end: the program, with version 1 as its .old."""
     install_missing("PostgreSQL", "RabbitMQ", "nginx")
-    home = version_1()
+    here = Home(OPTIONS.program, sys.executable)
     with temporary_folder() as folder:
         servers = Postgres(folder), RabbitMQ(folder)
         hashers = [Hasher(folder) for _ in range(CORES)]
         with running(*servers, *hashers), \
-                program(servers, "version_1", home, home / ".venv/bin/python") as old, \
-                program(servers, "version_2", OPTIONS.program, sys.executable) as here:
+                program(servers, "version_1", version_1()) as old, \
+                program(servers, "version_2", here) as here:
             here.old, here.hashers = old, hashers
             old.library, here.library = "argon2-cffi", "PyNaCl"
             yield here
 
 
-def version_1():
-    """Its folder, made when it is missing, with the packages of its own lock."""
-    folder = LOCAL / "version-1"
-    complete = folder / ".venv/complete"
-    if not complete.exists():
-        say(f"making {folder.relative_to(TOP)}")
-        shutil.rmtree(folder, ignore_errors=True)
-        run(["git", "-C", TOP, "worktree", "add", "--force", "--detach",
-             folder, VERSION_1])
-        run([sys.executable, "-m", "venv", folder / ".venv"])
-        run([folder / ".venv/bin/python", "-m", "pip", "install", "--quiet",
-             "--disable-pip-version-check", "--require-hashes",
-             "--requirement", folder / "requirements.lock"])
-        complete.touch()
-    return folder
-
-
 @contextmanager
-def program(servers, name, home, python):
+def program(servers, name, home):
     """One version of the program; the servers are all that it shares with the other."""
     postgres, rabbitmq = servers
     folder = postgres.folder / name
@@ -181,10 +162,10 @@ def program(servers, name, home, python):
     rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
     with Outside(folder) as outside:
         settings = settings_for(
-            new_database(postgres, name, home), rabbitmq.url_of(name),
+            new_database(postgres, name, home.folder), rabbitmq.url_of(name),
             outside.smtp_port, CODE_LIFETIME="900",
             WEB_CONCURRENCY=None)               # each version has its own default
-        with running_program(folder, settings, home, python) as (api, consumer):
+        with running_program(folder, settings, (home, home)) as (api, consumer):
             yield SimpleNamespace(
                 name=name, folder=folder, settings=settings, postgres=postgres,
                 rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
@@ -322,7 +303,7 @@ def print_machine():
           f"Python {platform.python_version()}, PostgreSQL {postgres}, "
           f"RabbitMQ {debian('rabbitmq-server')}, nginx {debian('nginx')}, "
           + ", ".join(f"{name} {metadata.version(name)}" for name in packages)
-          + f"; version 1 is {VERSION_1}")
+          + f"; version 1 is {COMMIT}")
 
 
 def debian(package):

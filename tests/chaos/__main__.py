@@ -3,6 +3,7 @@
     make chaos                              about ten minutes
     make chaos OPTIONS="--rounds 1"         about three
     make chaos OPTIONS="--network --rounds 1"   network faults, nine minutes; as root
+    make chaos OPTIONS="--version-1 consumer"   as during an upgrade; api, or both
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
 something behind, an answer took over 5 seconds, healing over 10, or a process ended by
@@ -28,8 +29,10 @@ from servers.faults import (
     paused,
 )
 from servers.process import tree
+from servers.program import HERE
 from servers.sink import Sink
 from servers.system import whole_system
+from servers.version_1 import version_1
 
 from chaos import load, network
 from chaos.account import account
@@ -132,12 +135,16 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     parser.add_argument("--network", action="store_true",
                         help="the faults of network.py, nine minutes a round")
+    parser.add_argument("--version-1", choices=["api", "consumer", "both"],
+                        help="take that from version 1 of the program")
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
+    homes = [version_1() if options.version_1 in (part, "both") else HERE
+             for part in ("api", "consumer")]
     system_with, faults_of = ((network.system_on_machines, network.faults)
                               if options.network else
                               (partial(whole_system, Sink), faults))
-    with system_with(CODE_LIFETIME=str(load.LIFETIME),
+    with system_with(homes=homes, CODE_LIFETIME=str(load.LIFETIME),
                      WEB_CONCURRENCY=None) as system:
         callers = load.Load([system.api], system.mail_server, options.seed)
         callers.start()

@@ -73,8 +73,11 @@ def account(load, faults, database, broker, apis, consumers):
 
 
 def expired_jobs(consumers, broker):
-    """Ids: of jobs that expired in a consumer or the queue; of other dead ones."""
-    expired = {event["job"] for consumer in consumers
+    """Ids: of jobs that expired in a consumer or the queue; of other dead ones.
+
+    Version 1 logs them as id.
+    """
+    expired = {event.get("job") or event["id"] for consumer in consumers
                for event in events(consumer.log, event="job", outcome="expired")}
     dead = {message.properties["message_id"]: message.headers["x-first-death-reason"]
             for message in take_all(broker, DEAD)}
@@ -83,10 +86,15 @@ def expired_jobs(consumers, broker):
 
 
 def missing_confirmations(load, apis):
-    """Ids: of activations' jobs that were not mailed; of those that no log names."""
+    """Ids: of activations' jobs that were not mailed; of those that no log names.
+
+    The API of version 1 logs no ids, so it has none of either.
+    """
     activated = {event["job"] for api in apis for event in events(
-                 api.log, event="request", route="/users/activate", status="200")}
-    named = {event["job"] for api in apis for event in events(api.log, event="outage")}
+                 api.log, event="request", route="/users/activate", status="200")
+                 if "job" in event}
+    named = {event.get("job") for api in apis
+             for event in events(api.log, event="outage")}
     mailed = {mail.id.strip("<>").partition("@")[0]
               for mails in load.mails.values() for mail in mails}
     return activated - mailed, activated - mailed - named

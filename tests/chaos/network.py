@@ -40,7 +40,7 @@ def on(machine, server):
 
 
 @contextmanager
-def system_on_machines(**changes):
+def system_on_machines(homes, **changes):
     """As whole_system() of servers/system.py; .network and .machines besides."""
     network = Network()
     database, broker, mail, worker = machines = [
@@ -53,8 +53,8 @@ def system_on_machines(**changes):
             system.rabbitmq.url.replace(broker.address, "broker.test"),
             system.mail_server.smtp_port, SMTP_HOST="mail.test",
             RES_OPTIONS=resolver_options(), **changes)
-        with running_program(system.folder / "program", settings,
-                             consumer=on(worker, Consumer)) as processes:
+        with running_program(system.folder / "program", settings, homes,
+                             on(worker, Consumer)) as processes:
             system.api, system.consumer = processes
             system.network, system.machines = network, machines
             yield system

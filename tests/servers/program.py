@@ -3,15 +3,26 @@
 import os
 import re
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 from servers.process import TOP, Server, free_port, responds
+
+
+class Home(NamedTuple):
+    """Where a program is, and the Python that has its packages."""
+
+    folder: Path
+    python: str | Path
+
+
+HERE = Home(TOP, sys.executable)
 
 
 class Program(Server):
     """A process of the program, with exactly the given settings: no .env is read."""
 
-    cwd = TOP
-    python = sys.executable
+    cwd, python = HERE
 
     def __init__(self, folder, env):
         super().__init__(folder)

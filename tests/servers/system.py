@@ -8,7 +8,6 @@ conftest.py, chaos/, bench/ and run.py put theirs together from what is here.
 
 import hmac
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 from servers.install import install_missing
 from servers.postgres import Postgres
 from servers.process import TOP, running
-from servers.program import Consumer, Gunicorn
+from servers.program import HERE, Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 
 SENDER = "registration@example.com"
@@ -84,25 +83,24 @@ def running_servers(mail_server, postgres=Postgres, rabbitmq=RabbitMQ):
 
 
 @contextmanager
-def running_program(folder, settings, home=TOP, python=sys.executable,
-                    consumer=Consumer):
+def running_program(folder, settings, homes=(HERE, HERE), consumer=Consumer):
     """An API and a consumer, with their logs in a folder: (API, consumer).
 
-    home is the folder of the program itself.
+    homes: where each of the two is taken from.
     """
     processes = Gunicorn(folder, settings), consumer(folder, settings)
-    for process in processes:
-        process.cwd, process.python = home, python
+    for process, home in zip(processes, homes):
+        process.cwd, process.python = home
     with running(*processes):
         yield processes
 
 
 @contextmanager
-def whole_system(mail_server, **changes):
+def whole_system(mail_server, homes=(HERE, HERE), **changes):
     """Both, with changed settings: what running_servers() gives, .api and .consumer."""
     with running_servers(mail_server) as system:
         settings = settings_for(system.postgres.api_url, system.rabbitmq.url,
                                 system.mail_server.smtp_port, **changes)
-        with running_program(system.folder / "program", settings) as processes:
+        with running_program(system.folder / "program", settings, homes) as processes:
             system.api, system.consumer = processes
             yield system

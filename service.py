@@ -109,7 +109,7 @@ app = Flask(__name__)
 # Werkzeug truncates a chunked body to this length. With one byte more than we take,
 # read_fields() sees that it was too long.
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
-app.wsgi_app = ProxyFix(app.wsgi_app, x_for=TRUSTED_PROXIES, x_proto=TRUSTED_PROXIES)
+app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=TRUSTED_PROXIES)  # see caller()
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
 
@@ -227,7 +227,7 @@ def finish(response):
         response.headers["Cache-Control"] = "no-store"
     app.logger.info(
         "event=request client=%s method=%s route=%s status=%s job=%s ms=%.0f",
-        request.remote_addr, request.method, request.url_rule or "-",
+        caller() or "unknown", request.method, request.url_rule or "-",
         response.status_code, g.get("job", "-"), 1000 * (time.monotonic() - g.began))
     return response
 
@@ -327,14 +327,27 @@ def read_credentials():
     abort(401, "The address or the password is wrong.")
 
 
+def caller():
+    """The caller's IP address, or None if what our proxies say is not one.
+
+    Each proxy appends the address that it sees to X-Forwarded-For. ProxyFix would not
+    do: it finds no address at all after a quotation mark, which a caller may send.
+    """
+    forwarded = request.headers.get("X-Forwarded-For")
+    hops = forwarded.split(",") if forwarded else []
+    trusted = 0 < TRUSTED_PROXIES <= len(hops)
+    hop = hops[-TRUSTED_PROXIES] if trusted else request.remote_addr
+    with suppress(ValueError):
+        address = ipaddress.ip_address(hop.strip().partition("%")[0])   # %: a zone
+        return getattr(address, "ipv4_mapped", None) or address
+
+
 def client():
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 address."""
-    with suppress(ValueError):
-        address = ipaddress.ip_address(request.remote_addr)
-        address = getattr(address, "ipv4_mapped", None) or address
-        prefix = 64 if address.version == 6 else 32
-        return str(ipaddress.ip_network((address.packed, prefix), strict=False))
-    return "unknown"   # what the proxy sent is no address: such clients share a limit
+    if not (address := caller()):
+        return "unknown"   # such clients share a limit
+    prefix = 64 if address.version == 6 else 32
+    return str(ipaddress.ip_network((address.packed, prefix), strict=False))
 
 
 # -- The worker's two connections ------------------------------------------------------

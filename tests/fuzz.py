@@ -28,7 +28,7 @@ from werkzeug.exceptions import HTTPException
 sys.path.insert(0, str(TOP))
 os.environ.update(settings_for(
     "postgresql://localhost/nobody", "amqp://localhost//", 1025,
-    PYTHON_DOTENV_DISABLED="1", LOG_LEVEL="CRITICAL"))
+    PYTHON_DOTENV_DISABLED="1", LOG_LEVEL="CRITICAL", TRUSTED_PROXIES="1"))
 
 import consumer
 import service
@@ -84,10 +84,13 @@ def is_canonical(email, password):
 
 
 def client(data):
-    """An IP network, or "unknown"."""
-    with context(REMOTE_ADDR=data.decode("utf-8", "surrogateescape")):
+    """An IP network, or "unknown". What comes before it does not matter."""
+    claim = data.decode("latin-1")
+    with context(HTTP_X_FORWARDED_FOR=claim):
         network = service.client()
     assert network == "unknown" or re.fullmatch("[0-9.]+/32|[0-9a-f:]+/64", network)
+    with context(HTTP_X_FORWARDED_FOR=f"{claim}, 192.0.2.1"):
+        assert service.client() == "192.0.2.1/32"
 
 
 class Channel:
@@ -155,7 +158,7 @@ SEEDS = {
                   b"Jann@example.com", b'{"email": "\\ud800", "a": [[1e9]], "a": NaN}'],
     read_credentials: [b"Basic YW5uQGV4YW1wbGUuY29tOmNvcnJlY3QgaG9yc2U=",
                        b"Jann@example.com:correct horse", b'Bearer a="b", c'],
-    client: [b"192.0.2.1", b"2001:db8::1", b"::ffff:192.0.2.1", b"fe80::1%eth0"],
+    client: [b"192.0.2.1", b"2001:db8::1", b"::ffff:192.0.2.1", b'", fe80::1%eth0'],
     on_message: [b"", b"\xff" * 100]}
 
 if __name__ == "__main__":

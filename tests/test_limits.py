@@ -1,5 +1,6 @@
 """Limits on the requests of a client and of an address."""
 
+import ipaddress
 import secrets
 from functools import partial
 
@@ -14,6 +15,7 @@ from steps import (
     problem_in,
     register,
 )
+from steps.logs import events
 
 HOUR = 3600
 
@@ -171,14 +173,18 @@ def test_it_counts_an_ipv4_address_alone_mapped_or_not(strict):
     assert statuses == [202, 202, 429, 202, 202]
 
 
-def test_it_trusts_only_what_its_proxy_has_appended(strict):
+@pytest.mark.parametrize("claim", [
+    "10.{}.{}.1", '"', '"10.{}.{}.1', '10.{}.{}.1, "a', '"a, b", "', "\\", ",", "%"])
+def test_it_trusts_only_what_its_proxy_has_appended(strict, claim):
     real = fresh_client()["X-Forwarded-For"]
-    chains = [f"{fresh_client()['X-Forwarded-For']}, {real}" for _ in range(3)]
+    chains = [f"{claim.format(*secrets.token_bytes(2))}, {real}" for _ in range(3)]
 
     statuses = [register(strict, fresh_email(), **{"X-Forwarded-For": chain}).status
                 for chain in chains]
 
     assert statuses == [202, 202, 429]
+    assert len(events(strict.log, event="request",
+                      client=str(ipaddress.ip_address(real)))) == 3
 
 
 def test_it_counts_clients_without_a_proper_address_together(strict):

@@ -486,6 +486,26 @@ def limited(here, seconds, rounds=5):
     row(f"p99 of a 429, {CROWD} callers", [p99(crowd, "429")], "s", most=0.25)
 
 
+def trickling(here, seconds, rounds=5):
+    """Registrations through the edge while many others take their time, and not."""
+    found, percents = defaultdict(list), (50, 99)
+    with behind_the_edge(here) as (_, edge):
+        for _ in range(rounds):
+            for count in 0, 500:
+                here.outside.do("trickle", port=edge.port, heads=count, bodies=count)
+                latencies = here.outside.do("each", port=edge.port,
+                                            count=int(20 * seconds)).latencies
+                for percent in percents:
+                    found[percent, count].append(
+                        1000 * percentile(latencies, percent))
+            say("p50 and p99, without and with trickling clients: " + ", ".join(
+                f"{values[-1]:.1f} ms" for values in found.values()))
+        here.outside.do("trickle", port=edge.port, heads=0, bodies=0)
+    for percent in percents:
+        row(f"registration p{percent}, 1,000 clients trickle / none",
+            found[percent, 500], "ms", found[percent, 0], most=1.1)
+
+
 def mails(here, seconds, rounds=5):
     """A consumer with a full queue, a loop over smtplib, and registrations, in turn."""
     count, found, loop, registered = int(250 * seconds), [], [], []
@@ -608,7 +628,8 @@ def huge_pages(here, seconds, rounds=5):
 # -- All of it -------------------------------------------------------------------------
 
 PARTS = {part.__name__: part for part in (
-    memory, registrations, overload, limited, mails, delays, accounts, huge_pages)}
+    memory, registrations, overload, limited, trickling, mails, delays, accounts,
+    huge_pages)}
 
 
 def options():

@@ -253,6 +253,50 @@ class Phase:
                 "lost": sum(email not in mails for email in self.accepted)}
 
 
+class Trickle:
+    """A client that begins a request, and then sends a space a second, for ever.
+
+    Where it is cut off, it comes back.
+    """
+
+    def __init__(self, port, beginning):
+        self.port, self.beginning = port, beginning
+        self.open()
+        at(time.monotonic() + random.random(), self.feed)
+
+    def open(self):
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        self.sock.connect_ex(("127.0.0.1", self.port))
+        watch(self.sock, self.begin, select.EPOLLOUT)
+
+    def begin(self):
+        self.send(self.beginning)
+        watch(self.sock, self.read)
+
+    def send(self, data):
+        with suppress(OSError):     # read() finds it broken, too
+            self.sock.send(data)
+
+    def feed(self):
+        if self not in trickles:
+            return close(self.sock)
+        self.send(b" ")
+        at(time.monotonic() + 1, self.feed)
+
+    def read(self):
+        """Whatever comes, a request that is not finished has ended."""
+        close(self.sock)
+        trickles_cut.append(time.monotonic())
+        self.open()
+
+
+trickles, trickles_cut = set(), []
+HEAD = b"GET /edge HTTP/1.1\r\nHost: localhost\r\nCookie: a"
+BODY = (b"POST /users/register HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 4000\r\n\r\n")
+
+
 # -- The commands ----------------------------------------------------------------------
 
 
@@ -284,6 +328,15 @@ def each(port, count, what="register"):
             delays.append(mails[email] - instant)
         latencies += itertools.chain(*phase.latencies.values())
     return {"latencies": latencies, "delays": delays}
+
+
+def trickle(port, heads, bodies):
+    """From now on, so many clients trickle, the head or the body of a request."""
+    trickles.clear()
+    trickles.update(Trickle(port, beginning) for beginning, count in (
+        (HEAD, heads), (BODY, bodies)) for _ in range(count))
+    work(lambda: False, time.monotonic() + 2)     # all are there, or have gone
+    return {"cut": len(trickles_cut)}
 
 
 def count_mails(count):

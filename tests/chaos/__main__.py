@@ -3,6 +3,7 @@
     make chaos                              about ten minutes
     make chaos OPTIONS="--rounds 1"         about three
     make chaos OPTIONS="--network --rounds 1"   network faults, nine minutes; as root
+    make chaos OPTIONS=--disks                  disks are full, four minutes; as root
     make chaos OPTIONS="--version-1 consumer"   as during an upgrade; api, or both
 
 Ends with one table, and with an error if a 2xx was not kept, a 4xx or 503 left
@@ -34,7 +35,7 @@ from servers.sink import Sink
 from servers.system import whole_system
 from servers.version_1 import version_1
 
-from chaos import load, network
+from chaos import disks, load, network
 from chaos.account import account
 
 # -- Faults ----------------------------------------------------------------------------
@@ -133,17 +134,20 @@ def main():
     parser = argparse.ArgumentParser("chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
-    parser.add_argument("--network", action="store_true",
+    parser.add_argument("--network", action="store_const", const=network, dest="kind",
                         help="the faults of network.py, nine minutes a round")
+    parser.add_argument("--disks", action="store_const", const=disks, dest="kind",
+                        help="the faults of disks.py, one minute a round")
     parser.add_argument("--version-1", choices=["api", "consumer", "both"],
                         help="take that from version 1 of the program")
     options = parser.parse_args()
     load.say(f"seed {options.seed}")
     homes = [version_1() if options.version_1 in (part, "both") else HERE
              for part in ("api", "consumer")]
-    system_with, faults_of = ((network.system_on_machines, network.faults)
-                              if options.network else
-                              (partial(whole_system, Sink), faults))
+    system_with, faults_of = {
+        None: (partial(whole_system, Sink), faults),
+        network: (network.system_on_machines, network.faults),
+        disks: (disks.system_on_small_disks, disks.faults)}[options.kind]
     with system_with(homes=homes, CODE_LIFETIME=str(load.LIFETIME),
                      WEB_CONCURRENCY=None) as system:
         callers = load.Load([system.api], system.mail_server, options.seed)

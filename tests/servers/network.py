@@ -48,6 +48,12 @@ def system_call(name, *arguments):
         raise OSError(error, f"{name}: {os.strerror(error)}")
 
 
+def own_mounts():
+    """From now on, only this thread and what it starts see what we mount."""
+    system_call("unshare", CLONE_NEWNS)
+    run(["mount", "--make-rprivate", "/"])
+
+
 # -- Machines --------------------------------------------------------------------------
 
 
@@ -60,8 +66,7 @@ class Network:
         install_missing("network")
         self.machines = {}      # by name
         try:
-            system_call("unshare", CLONE_NEWNS)     # of this thread and later ones
-            run(["mount", "--make-rprivate", "/"])
+            own_mounts()
             self.machine("here.test").enter()
             self.dns = self.machine("dns.test")
         except OSError as error:

@@ -96,9 +96,12 @@ def running_program(folder, settings, homes=(HERE, HERE), consumer=Consumer):
 
 
 @contextmanager
-def whole_system(mail_server, homes=(HERE, HERE), **changes):
-    """Both, with changed settings: what running_servers() gives, .api and .consumer."""
-    with running_servers(mail_server) as system:
+def whole_system(mail_server, homes=(HERE, HERE), servers=(), **changes):
+    """Both, with changed settings: what running_servers() gives, .api and .consumer.
+
+    servers: other kinds of PostgreSQL and RabbitMQ.
+    """
+    with running_servers(mail_server, *servers) as system:
         settings = settings_for(system.postgres.api_url, system.rabbitmq.url,
                                 system.mail_server.smtp_port, **changes)
         with running_program(system.folder / "program", settings, homes) as processes:

@@ -28,7 +28,7 @@ from steps import (
     shown,
     wait_until,
 )
-from steps.logs import events
+from steps.logs import FIELD, events
 
 POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
         b"Content-Type: application/json\r\n")
@@ -280,3 +280,6 @@ def test_it_logs_nothing_of_what_a_stranger_sends(servers, edge):
 
         wait_until(lambda: logged.log.read_text().count("event=edge") == 4)
     assert word not in logged.log.read_text()
+    lines = logged.log.read_text().splitlines()
+    assert all(re.fullmatch(f"({FIELD.pattern}( |$))+", line)
+               for line in lines if "event=edge" in line)     # logfmt

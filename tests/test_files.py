@@ -65,6 +65,18 @@ def test_it_reads_the_settings_in_the_order_of_env_example(file):
     assert names == [name for name in documented_settings() if name in names]
 
 
+def test_each_test_that_the_documents_name_is_there():
+    documents = [TOP / "README.md", TOP / "SECURITY.md", *TOP.glob("docs/*.md")]
+    files = {path.stem: path.read_text() for path in TOP.glob("tests/test_*.py")}
+    there = {*files, *re.findall(r"\ndef (test_\w+)", "".join(files.values()))}
+
+    named = {name for path in documents
+             for name in re.findall(r"\btest_\w+", path.read_text())}
+
+    assert len(named) > 30
+    assert named <= there
+
+
 def test_it_imports_no_third_module():
     code, modules = run([sys.executable, "-c", """if True:
         import sys, service, consumer

@@ -10,6 +10,8 @@ help:
 	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
 	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"
+	@echo "             OPTIONS=--disks: while disks are full; as root"
+	@echo "             OPTIONS='--version-1 both', or api, or consumer: of version 1"
 	@echo "make soak       an hour of load with a fault every three minutes: what grows?"
 	@echo "make failover   the same with a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"

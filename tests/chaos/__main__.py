@@ -28,6 +28,7 @@ from servers.faults import (
     full,
     killed,
     paused,
+    read_only,
 )
 from servers.process import tree
 from servers.program import HERE
@@ -77,6 +78,7 @@ def faults(system):
         ("RabbitMQ's connections cut", False, lambda: at_once(
             lambda: cut_connections(rabbitmq)), 0, 0),
         ("PostgreSQL's connections used up", True, lambda: crowded(postgres), 1, 4),
+        ("PostgreSQL read-only", True, lambda: read_only(postgres), 1, 4),
         ("PostgreSQL paused", True, lambda: paused(postgres), 1, 6),
         ("RabbitMQ paused", False, lambda: paused(rabbitmq), 1, 6),
         ("RabbitMQ alarmed", False, lambda: alarmed(rabbitmq), 1, 4),

@@ -3,7 +3,7 @@
     make chaos      __main__.py, ten minutes: every fault of servers/faults.py
     make chaos OPTIONS=--network        network.py: packets lost, links down; as root
     make chaos OPTIONS=--disks          disks.py: disks full; as root
-    make soak       soak.py, an hour: a fault every three minutes, and does anything grow
+    make soak       soak.py, an hour: a fault every three minutes; what grows?
     make failover   failover.py, four minutes: a cluster of brokers, a standby database
 
 Options follow: make chaos OPTIONS="--rounds 4 --seed 11". Read __main__.py, then

@@ -80,12 +80,16 @@ class Load:
         time.sleep(5)     # a confirmation that failed is tried again after three
 
     def read_mails(self):
+        line = ""
         with open(self.sink.record) as file:
             while True:
-                for line in iter(file.readline, ""):
-                    mail = SimpleNamespace(**json.loads(line))
-                    self.mails[mail.to].append(mail)
-                    self.arrivals.append(mail.arrived)
+                for piece in iter(file.readline, ""):   # seldom, half a line is there
+                    line += piece
+                    if line.endswith("\n"):
+                        mail = SimpleNamespace(**json.loads(line))
+                        self.mails[mail.to].append(mail)
+                        self.arrivals.append(mail.arrived)
+                        line = ""
                 time.sleep(0.05)
 
     def call(self):

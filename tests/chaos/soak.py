@@ -138,7 +138,7 @@ def print_growth(series, minutes):
         early, late = (median([value for minute, value in values
                                if first <= minute <= first + minutes / 6])
                        for first in (minutes / 6, minutes * 5 / 6))
-        print(f"| {what} | {early:.5g} | {late:.5g} | {late / early:.2f} |")
+        print(f"| {what} | {early:.5g} | {late:.5g} | {late / (early or 1):.2f} |")
         if late > early * GROWTH:
             failures.append(f"it grew from {early:.5g} to {late:.5g}: {what}")
     return failures

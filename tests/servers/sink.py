@@ -55,7 +55,7 @@ class Record:
                 time.strptime(issued[0], "%H:%M:%S UTC on %d %B %Y")),
         }).encode() + b"\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line)    # at once, so that no line is in pieces
+            file.write(line)    # at once, so that lines do not mix
 
 
 if __name__ == "__main__":

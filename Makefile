@@ -13,7 +13,7 @@ help:
 	@echo "             OPTIONS=--disks: while disks are full; as root"
 	@echo "             OPTIONS='--version-1 both', or api, or consumer: of version 1"
 	@echo "make soak       an hour of load with a fault every three minutes: what grows?"
-	@echo "make failover   the same with a cluster of brokers and a standby database"
+	@echo "make failover   four minutes of load on a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"
 	@echo "make lint       ruff's default rules, and the order of imports"
 	@echo "make lock       write the locks after a change of a requirements.txt"

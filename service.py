@@ -12,7 +12,7 @@ Words:  waiting   registered, but its code has not been sent back yet
         notice    the mail to the owner of an active account that is registered again
         confirm   RabbitMQ's answer that it has a job on disk
 
-Registering publishes the code before COMMIT. Without the confirm, it commits nothing.
+Registering publishes the code before COMMIT. Without the confirm, there is no COMMIT.
 If the confirm is lost, COMMIT fails or the worker dies in between, a mail may go out
 whose code does not work. The caller, who got no 202, tries again.
 
@@ -109,7 +109,8 @@ app = Flask(__name__)
 # Werkzeug truncates a chunked body to this length. With one byte more than we take,
 # read_fields() sees that it was too long.
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
-app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=TRUSTED_PROXIES)  # see caller()
+# The scheme is for the redirect to /docs/. For the address, see caller().
+app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=TRUSTED_PROXIES)
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
 
 
@@ -330,15 +331,17 @@ def read_credentials():
 def caller():
     """The caller's IP address, or None if what our proxies say is not one.
 
-    Each proxy appends the address that it sees to X-Forwarded-For. ProxyFix would not
-    do: it finds no address at all after a quotation mark, which a caller may send.
+    Each proxy appends the address that it sees to X-Forwarded-For. If there are fewer
+    than TRUSTED_PROXIES, it is the address of the last one. ProxyFix would not do: it
+    finds no address after a quotation mark, which a caller may send.
     """
     forwarded = request.headers.get("X-Forwarded-For")
     hops = forwarded.split(",") if forwarded else []
     trusted = 0 < TRUSTED_PROXIES <= len(hops)
     hop = hops[-TRUSTED_PROXIES] if trusted else request.remote_addr
     with suppress(ValueError):
-        address = ipaddress.ip_address(hop.strip().partition("%")[0])   # %: a zone
+        # Without the zone of an IPv6 address, which may be any text.
+        address = ipaddress.ip_address(hop.strip().partition("%")[0])
         return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -347,7 +350,7 @@ def client():
     if not (address := caller()):
         return "unknown"   # such clients share a limit
     prefix = 64 if address.version == 6 else 32
-    return str(ipaddress.ip_network((address.packed, prefix), strict=False))
+    return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
 
 
 # -- The worker's two connections ------------------------------------------------------
@@ -492,22 +495,29 @@ def execute(statement, **values):
 
 
 # Each deletion goes on where this worker's last one ended. While a backup runs, deleted
-# rows stay in the index, and a scan from its start would pass over all of them. If the
-# database's clock was set back since, that point is too late: it begins anew.
+# rows stay in the index, and a scan from its start would pass over all of them.
 limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
+tidied_at = None
 
 
 def tidy():
-    """In about one of 30 requests, delete up to 300 expired limits, or abandoned users.
+    """In one of 30 requests, delete up to 300 expired limits; in another one, users.
 
     That is more than the requests add, so no cron job is needed.
     """
-    global limits_deleted_to, users_deleted_to
+    global limits_deleted_to, users_deleted_to, tidied_at
+    turn = secrets.randbelow(30)
+    if turn > 1:
+        return
+    now = execute("SELECT now()").fetchone().now
+    if tidied_at and now < tidied_at:   # the database's clock was set back: begin anew
+        limits_deleted_to = users_deleted_to = "epoch"
+    tidied_at = now
     # A worker that starts during a backup may time out here until the backup ends.
     with suppress(QueryCanceled):
-        if secrets.randbelow(30) == 0:
+        if turn == 0:
             limits_deleted_to = delete_limits(limits_deleted_to)
-        elif secrets.randbelow(30) == 0:
+        else:
             users_deleted_to = delete_users(users_deleted_to)
 
 
@@ -518,9 +528,7 @@ def delete_limits(start):
          WHERE (name, subject) IN (
                SELECT name, subject
                  FROM limits
-                WHERE expires_at BETWEEN
-                      CASE WHEN %(start)s < now() THEN %(start)s::timestamptz
-                           ELSE 'epoch' END AND now()
+                WHERE expires_at BETWEEN %(start)s AND now()
                 ORDER BY expires_at
                 LIMIT 300
                   FOR UPDATE SKIP LOCKED)   -- a locked row is in use
@@ -537,11 +545,8 @@ def delete_users(start):
                SELECT email
                  FROM users
                 WHERE activated_at IS NULL
-                  AND expires_at < now()
-                  AND registered_at BETWEEN
-                      CASE WHEN %(start)s < now() - interval '1 day'
-                           THEN %(start)s::timestamptz
-                           ELSE 'epoch' END AND now() - interval '1 day'
+                  AND expires_at < now()   -- CODE_LIFETIME may be longer than a day
+                  AND registered_at BETWEEN %(start)s AND now() - interval '1 day'
                 ORDER BY registered_at
                 LIMIT 300
                   FOR UPDATE SKIP LOCKED)

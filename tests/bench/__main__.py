@@ -1,6 +1,6 @@
 """How fast the program is, each figure against a limit measured in turn with it.
 
-    make bench                                      about 11 minutes
+    make bench                                      about a quarter of an hour
     make bench OPTIONS="--accounts 10000000"        the big table ten times as big
     make bench OPTIONS="--only registrations"       one part; --help lists them
     make bench OPTIONS="--huge-pages"               with and without; needs root
@@ -61,7 +61,7 @@ from steps import jobs
 from bench import draw
 
 CORES = os.cpu_count()
-CALLERS, CROWD = 8, 100
+CALLERS, CROWD, TRICKLING = 8, 100, 1000
 BACKLOG = ["--backlog", "64"]       # behind the edge, as in docker-compose.yml
 # Multiples of the capacity: for the picture, denser where the curves bend, and those
 # whose goodput has an aim.
@@ -486,15 +486,17 @@ def limited(here, seconds, rounds=5):
     row(f"p99 of a 429, {CROWD} callers", [p99(crowd, "429")], "s", most=0.25)
 
 
-def trickling(here, seconds, rounds=5):
-    """Registrations through the edge while many others take their time, and not."""
+def trickling(here, seconds, rounds=8):
+    """Registrations through the edge, with and without clients that trickle."""
     found, percents = defaultdict(list), (50, 99)
     with behind_the_edge(here) as (_, edge):
         for _ in range(rounds):
-            for count in 0, 500:
-                here.outside.do("trickle", port=edge.port, heads=count, bodies=count)
-                latencies = here.outside.do("each", port=edge.port,
-                                            count=int(20 * seconds)).latencies
+            for count in 0, TRICKLING:
+                half = count // 2       # of them send a head, the others a body
+                trickle = here.outside.do("trickle", port=edge.port, heads=half,
+                                          bodies=half)
+                assert trickle.under_way > 0.9 * count or not count, trickle.under_way
+                latencies = one_by_one(here, edge.port, int(20 * seconds)).latencies
                 for percent in percents:
                     found[percent, count].append(
                         1000 * percentile(latencies, percent))
@@ -502,8 +504,15 @@ def trickling(here, seconds, rounds=5):
                 f"{values[-1]:.1f} ms" for values in found.values()))
         here.outside.do("trickle", port=edge.port, heads=0, bodies=0)
     for percent in percents:
-        row(f"registration p{percent}, 1,000 clients trickle / none",
-            found[percent, 500], "ms", found[percent, 0], most=1.1)
+        row(f"registration p{percent}, {TRICKLING:,} clients trickle / none",
+            found[percent, TRICKLING], "ms", found[percent, 0], most=1.1)
+
+
+def one_by_one(here, port, count):
+    """Registrations, one at a time; all of them are accepted."""
+    found = here.outside.do("each", port=port, count=count)
+    assert found.statuses == ["202"], found.statuses
+    return found
 
 
 def mails(here, seconds, rounds=5):
@@ -554,7 +563,7 @@ def smtp_loop(port, count, mail):
 
 def delays(here, seconds):
     """From the 202 to the mail server's 250, one at a time."""
-    found = here.outside.do("each", port=here.api.port, count=int(20 * seconds)).delays
+    found = one_by_one(here, here.api.port, int(20 * seconds)).delays
     for percent, most in (50, 10), (99, 40):
         row(f"202 to mail accepted, p{percent}", [1000 * percentile(found, percent)],
             "ms", most=most)
@@ -575,8 +584,7 @@ def accounts(here, seconds, rounds=20):
             here.outside.do("each", port=api.port, count=30)       # connections, caches
         for _ in range(rounds):
             for name, api in apis.items():
-                latencies = here.outside.do("each", port=api.port,
-                                            count=int(1.5 * seconds)).latencies
+                latencies = one_by_one(here, api.port, int(1.5 * seconds)).latencies
                 found[name].append(1000 * median(latencies))
             say("p50: " + ", ".join(
                 f"{values[-1]:.1f} ms with {name}" for name, values in found.items()))

@@ -253,10 +253,16 @@ class Phase:
                 "lost": sum(email not in mails for email in self.accepted)}
 
 
+HEAD = b"GET /edge HTTP/1.1\r\nHost: localhost\r\nCookie: a"
+BODY = (b"POST /users/register HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 4000\r\n\r\n")
+trickles = set()    # those that go on
+
+
 class Trickle:
     """A client that begins a request, and then sends a space a second, for ever.
 
-    Where it is cut off, it comes back.
+    Where it is cut off, as nginx does with a head after 10 seconds, it comes back.
     """
 
     def __init__(self, port, beginning):
@@ -265,36 +271,31 @@ class Trickle:
         at(time.monotonic() + random.random(), self.feed)
 
     def open(self):
-        self.sock = socket.socket()
+        self.sock, self.begun = socket.socket(), False
         self.sock.setblocking(False)
         self.sock.connect_ex(("127.0.0.1", self.port))
         watch(self.sock, self.begin, select.EPOLLOUT)
 
     def begin(self):
-        self.send(self.beginning)
+        self.begun = self.send(self.beginning)
         watch(self.sock, self.read)
 
     def send(self, data):
-        with suppress(OSError):     # read() finds it broken, too
-            self.sock.send(data)
+        """Whether it could; if not, read() finds the connection broken."""
+        with suppress(OSError):
+            return self.sock.send(data) == len(data)
 
     def feed(self):
         if self not in trickles:
             return close(self.sock)
-        self.send(b" ")
+        if self.begun:
+            self.begun = self.send(b" ")
         at(time.monotonic() + 1, self.feed)
 
     def read(self):
-        """Whatever comes, a request that is not finished has ended."""
+        """The end, or an answer, which is one as well."""
         close(self.sock)
-        trickles_cut.append(time.monotonic())
         self.open()
-
-
-trickles, trickles_cut = set(), []
-HEAD = b"GET /edge HTTP/1.1\r\nHost: localhost\r\nCookie: a"
-BODY = (b"POST /users/register HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Type: application/json\r\nContent-Length: 4000\r\n\r\n")
 
 
 # -- The commands ----------------------------------------------------------------------
@@ -317,26 +318,30 @@ def opened(what, port, rate, seconds):
 
 def each(port, count, what="register"):
     """One at a time: its latency, and how long after it the mail was accepted."""
-    latencies, delays = [], []
+    latencies, delays, statuses = [], [], set()
     for _ in range(count):
         phase = Phase(what, port, 60)
-        phase.begin -= WARM_UP
+        phase.begin -= WARM_UP      # there is none
         phase.ask(lambda: None)
         work(lambda phase=phase: not phase.under_way, time.monotonic() + PATIENCE)
         for email, instant in phase.accepted.items():
             work(lambda email=email: email in mails, time.monotonic() + PATIENCE)
             delays.append(mails[email] - instant)
         latencies += itertools.chain(*phase.latencies.values())
-    return {"latencies": latencies, "delays": delays}
+        statuses |= phase.all.keys()
+    return {"latencies": latencies, "delays": delays, "statuses": sorted(statuses)}
 
 
 def trickle(port, heads, bodies):
-    """From now on, so many clients trickle, the head or the body of a request."""
+    """Until the next such command, so many clients send a head or a body slowly.
+
+    Returns how many are under way after three seconds.
+    """
     trickles.clear()
     trickles.update(Trickle(port, beginning) for beginning, count in (
         (HEAD, heads), (BODY, bodies)) for _ in range(count))
-    work(lambda: False, time.monotonic() + 2)     # all are there, or have gone
-    return {"cut": len(trickles_cut)}
+    work(lambda: False, time.monotonic() + 3)
+    return {"under_way": sum(bool(each.begun) for each in trickles)}
 
 
 def count_mails(count):

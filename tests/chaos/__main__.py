@@ -35,6 +35,7 @@ from servers.program import HERE
 from servers.sink import Sink
 from servers.system import whole_system
 from servers.version_1 import version_1
+from steps import workers_of
 
 from chaos import disks, load, network
 from chaos.account import account
@@ -57,8 +58,7 @@ def queue_full(rabbitmq, consumer):
 
 
 def kill_worker(api):
-    workers = tree(api.process.pid)[1:]
-    os.kill(random.choice(workers), 9)      # gunicorn's master starts another
+    os.kill(random.choice(workers_of(api)), 9)      # gunicorn's master starts another
 
 
 def faults(system):
@@ -86,7 +86,8 @@ def faults(system):
 
 
 OFTEN = {"consumer killed", "gunicorn worker killed", "PostgreSQL killed",
-         "PostgreSQL's sessions cut", "PostgreSQL paused"}     # they are soon over
+         "PostgreSQL's sessions cut", "PostgreSQL paused"}     # three times a round
+# They end one process of the program themselves.
 ENDS_ONE = {"consumer killed", "gunicorn worker killed", "RabbitMQ's queue full"}
 HEALING = 10      # seconds from the end of a fault until everything works again
 
@@ -97,6 +98,7 @@ HEALING = 10      # seconds from the end of a fault until everything works again
 def run(system, callers, rounds, chance, faults_of=faults):
     """Does all faults in each round, in a new order; returns (faults, failures)."""
     done, failures = [], []
+    system.processes = processes(system)
     for number in range(rounds):
         load.say(f"round {number + 1} of {rounds}")
         turn = [each for each in faults_of(system)
@@ -114,14 +116,18 @@ def befall(system, callers, each, chance, failures):
     Adds a line to failures for each thing that went wrong.
     """
     name, of_database, inflict, shortest, longest = each
-    before = processes(system)
     fault = load.Fault(name, of_database)
-    with fault.under(callers), inflict():
-        time.sleep(chance.uniform(shortest, longest))
+    try:
+        with fault.under(callers), inflict():
+            time.sleep(chance.uniform(shortest, longest))
+    except RuntimeError as error:       # it did not heal
+        failures.append(str(error))
+        fault.healed = time.time()
     if fault.healed - fault.ended > HEALING:
         failures.append(f"healed after {fault.healed - fault.ended:.1f} s only: {name}")
-    gone = len(before - processes(system))
-    if gone > (name in ENDS_ONE):
+    gone = len(system.processes - processes(system))    # since the last fault
+    system.processes = processes(system)
+    if gone > (1 if name in ENDS_ONE else 0):
         failures.append(f"{gone} processes of the program ended: {name}")
     return fault
 
@@ -150,8 +156,8 @@ def main():
         None: (partial(whole_system, Sink), faults),
         network: (network.system_on_machines, network.faults),
         disks: (disks.system_on_small_disks, disks.faults)}[options.kind]
-    with system_with(homes=homes, CODE_LIFETIME=str(load.LIFETIME),
-                     WEB_CONCURRENCY=None) as system:
+    with system_with(homes=homes, CODE_LIFETIME=str(load.LIFETIME), TRUSTED_PROXIES="1",
+                     WEB_CONCURRENCY=None) as system:   # workers as in production
         callers = load.Load([system.api], system.mail_server, options.seed)
         callers.start()
         try:

@@ -3,14 +3,14 @@
     make chaos OPTIONS="--disks --rounds 4"     about four minutes; as root
 
 PostgreSQL and RabbitMQ have a small file system each, in memory. A file takes what is
-left of it, for some seconds. Then RabbitMQ is started again, since it does not recover
-its queues. So is PostgreSQL if it has ended, as Docker or systemd would do.
+left of it, for some seconds. RabbitMQ does not recover its queues if nothing was left,
+so it is killed and started again. So is PostgreSQL if it has ended, as Docker would do.
 """
 
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from servers.network import own_mounts
@@ -19,6 +19,7 @@ from servers.process import ROOT, run
 from servers.rabbitmq import RabbitMQ
 from servers.sink import Sink
 from servers.system import whole_system
+from steps import wait_until
 
 SIZE = 300 << 20
 NEARLY = 10 << 20       # left; RabbitMQ is alarmed below 50 MB
@@ -54,28 +55,21 @@ def faults(system):
             ("RabbitMQ's disk nearly full", False,
              lambda: full_disk(rabbitmq, NEARLY), 5, 20),
             ("RabbitMQ's disk full, then restarted", False,
-             lambda: full_and_restarted(rabbitmq), 2, 20)]
+             lambda: full_disk(rabbitmq, restart=True), 2, 20)]
 
 
 @contextmanager
-def full_disk(server, left=0):
+def full_disk(server, left=0, restart=False):
     ballast = server.folder / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
-        while (free := shutil.disk_usage(server.folder).free) > left:
-            file.write(bytes(min(free - left, 1 << 20)))
     try:
+        with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while (free := shutil.disk_usage(server.folder).free) > left:
+                file.write(bytes(min(free - left, 1 << 20)))
         yield
     finally:
         ballast.unlink()
+        if restart:
+            server.kill()
+        wait_until(lambda: not server.alive() or server.answers(), 60)
         if not server.alive():
             server.start()
-
-
-@contextmanager
-def full_and_restarted(server):
-    try:
-        with full_disk(server):
-            yield
-    finally:
-        server.kill()
-        server.start()

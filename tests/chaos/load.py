@@ -1,4 +1,4 @@
-"""Steady load on the whole system, while __main__.py and failover.py do harm to it.
+"""Steady load on the whole system, while __main__.py, soak.py or failover.py harm it.
 
 Load is the callers: they note each request and its answer, and what was mailed to them.
 Fault notes what was done and when. account.py draws the balance.
@@ -54,7 +54,7 @@ class Request:
 class Load:
     """Callers who register, activate and err; rate: so many new ones a second.
 
-    A proxy would say that each of them is a client of its own.
+    Each sends X-Forwarded-For with an address of its own, as a proxy would.
     """
 
     def __init__(self, services, sink, seed, rate=3.5, threads=THREADS):
@@ -138,14 +138,14 @@ class Load:
                 self.register(email, new_password())             # 202, and a notice
 
     def insist(self, act, *arguments):
-        """Repeats what got 503 or no answer, or lets it be: then nothing may be kept.
+        """Repeats what got 503 or no answer, or gives up.
 
         Returns the request that ended well, or None.
         """
         while (request := act(*arguments)).status in (503, None):
             if self.random.random() < 0.5:
                 return
-            yield 2                                     # as Retry-After says
+            yield 2
         return request if request.status in (200, 202, 409) else None
 
     def register(self, email, password):
@@ -166,7 +166,7 @@ class Load:
         return request
 
     def mail_of(self, request):
-        """The mail of a registration, or None; in mails it has whole seconds only."""
+        """The mail of a registration, or None; a mail names whole seconds only."""
         return next((mail for mail in self.mails[request.email] if mail.code
                      and int(request.began) <= mail.issued <= request.ended), None)
 

@@ -9,9 +9,12 @@ with account.py's table and one of what was noted, and draws docs/soak.svg. It f
 make chaos does, and if something grew by over a tenth between the second sixth of the
 time and the last.
 
-Accounts stay, so their table is compared by the account. A window of the limits lasts
-up to a day. So once a minute, those of the addresses that began ten minutes ago are
-made to end, and the program has as many to delete as after a year.
+Accounts are never deleted here, so the size of their table is divided by their number.
+A window of the limits lasts up to a day. So once a minute, those of the addresses that
+began ten minutes ago are made to end. Then the program deletes as many as come.
+
+Of the processes, only gunicorn's master and its workers live all the hour, but for one
+or two workers: faults kill the others.
 """
 
 import argparse
@@ -30,11 +33,11 @@ from servers.sink import Sink
 from servers.system import whole_system
 
 from chaos import load
-from chaos.__main__ import befall, faults
+from chaos.__main__ import befall, faults, processes
 from chaos.account import account
 
 SHARE = 0.6             # of the capacity
-REQUESTS = 2            # of a caller, each with one hash, about
+REQUESTS = 2            # of a caller, about: to register and to activate
 PAUSE, SAMPLE, AGEING = 180, 10, 60     # seconds
 GROWTH = 1.1            # times as much is not yet growth
 
@@ -130,7 +133,7 @@ def connections_to(port):
 
 
 def print_growth(series, minutes):
-    """The table of what was noted; a line for each thing that grew."""
+    """Prints the table of what was noted; returns a line for each thing that grew."""
     failures = []
     print(f"\n| | minutes {minutes / 6:.0f} to {minutes / 3:.0f} | "
           f"the last {minutes / 6:.0f} | ratio |\n" + "|---" * 4 + "|")
@@ -174,6 +177,7 @@ def picture(series, began, done, callers, minutes):
 def fault_every(pause, system, callers, minutes, chance):
     """Does faults, each kind once before any comes again: (faults, failures)."""
     done, failures, turn = [], [], []
+    system.processes = processes(system)
     end = time.monotonic() + 60 * minutes
     while (next_one := time.monotonic() + pause) < end:
         turn = turn or chance.sample(faults(system), len(faults(system)))

@@ -1,4 +1,4 @@
-"""Version 1 of the program, to compare with: a commit, and what its lock has."""
+"""Version 1 of the program, to compare with: a worktree of a commit, in .local/."""
 
 import shutil
 import sys
@@ -6,12 +6,12 @@ import sys
 from servers.process import LOCAL, TOP, run
 from servers.program import Home
 
-COMMIT = "7371f40"      # gunicorn's threads and argon2-cffi
+COMMIT = "7371f40"      # with gunicorn's threads and argon2-cffi
 
 
 def version_1():
-    """Where it is. It is made when it is missing, which takes half a minute."""
-    folder = LOCAL / "version-1"
+    """Its Home. If it is missing, it is made, in half a minute."""
+    folder = LOCAL / f"version-{COMMIT}"
     home = Home(folder, folder / ".venv/bin/python")
     complete = folder / ".venv/complete"
     if not complete.exists():

@@ -1,6 +1,6 @@
 """How fast the program is, and whether its speed tells a stranger anything.
 
-    make bench      __main__.py, eleven minutes: each figure, divided by a limit
+    make bench      __main__.py, a quarter of an hour: each figure, divided by a limit
     make clock      clock.py, five minutes: does the time of an answer tell who is
                     registered
 

@@ -37,8 +37,8 @@ import service
 def context(**environ):
     return service.app.request_context({
         "REQUEST_METHOD": "POST", "PATH_INFO": "/users/register", "SERVER_NAME": "x",
-        "SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(),
-        **environ})
+        "SERVER_PORT": "80", "REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(), **environ})
 
 
 def read_fields(data):

@@ -57,14 +57,17 @@ def setting(name, default=None, pattern=".+"):
 
 ADDRESS = "[!-~]+@[!-~]+"   # ASCII, no spaces
 JOB_ID = "[0-9A-Za-z-]+"
+PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
+        "|[1-9][0-9]{0,3})")
+HOST = r"([0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*\.?)"
 # user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
-SERVER = r"((%[0-9A-Fa-f]{2}|[^%/?#@;])*@)?(\[[^]]+\]|[^][%:/?#@;,]*)(:[0-9]+)?"
+SERVER = rf"((%[0-9A-Fa-f]{{2}}|[^%/?#@;])*@)?(\[[^]]+\]|{HOST})?(:{PORT})?"
 AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
 
 load_dotenv()
 BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
-SMTP_HOST = setting("SMTP_HOST", "localhost")
-SMTP_PORT = int(setting("SMTP_PORT", "1025", "[1-9][0-9]{0,4}"))
+SMTP_HOST = setting("SMTP_HOST", "localhost", f"{HOST}|[0-9A-Fa-f:.]+")   # or IPv6
+SMTP_PORT = int(setting("SMTP_PORT", "1025", PORT))
 SMTP_USERNAME = setting("SMTP_USERNAME", "", "[ -~]*")   # ASCII, as smtplib asks
 SMTP_PASSWORD = setting("SMTP_PASSWORD", "", "[ -~]*")
 SMTP_TLS = setting("SMTP_TLS", "none", "none|starttls|tls")
@@ -171,8 +174,8 @@ def process(message):
             send(job["email"], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         return ("refused" if reply_code(error) >= 500 else "retry"), error
-    except OSError as error:   # every exception of smtplib is one
-        return "retry", error
+    except (OSError, ValueError) as error:   # OSError: every exception of smtplib.
+        return "retry", error                # ValueError: an answer that is no Base64
     sent.append(message_id)
     return "sent", None
 
@@ -237,7 +240,7 @@ def open_session():
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
         return session
-    except OSError:
+    except (OSError, ValueError):
         time.sleep(1)   # however many jobs wait, at most one try a second
         raise
 

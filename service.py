@@ -65,8 +65,11 @@ def setting(name, default=None, pattern=".+"):
 
 
 NUMBER = "[0-9]{1,9}"
+PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
+        "|[1-9][0-9]{0,3})")
+HOST = r"([0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*\.?)"
 # user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
-SERVER = r"((%[0-9A-Fa-f]{2}|[^%/?#@;])*@)?(\[[^]]+\]|[^][%:/?#@;,]*)(:[0-9]+)?"
+SERVER = rf"((%[0-9A-Fa-f]{{2}}|[^%/?#@;])*@)?(\[[^]]+\]|{HOST})?(:{PORT})?"
 AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
 
 load_dotenv()
@@ -111,7 +114,9 @@ app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
 # The scheme is for the redirect to /docs/. For the address, see caller().
 app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=TRUSTED_PROXIES)
-app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml"))
+# The edge keeps this page for everybody. By default, the caller's Host would be in it.
+app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
+    "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
 
 
 @app.post("/users/register")
@@ -217,8 +222,12 @@ def problem(error):
 
 @app.before_request
 def begin():
-    """Record the start time, for the log and for log_outage()."""
+    """Record the start time, for the log and for log_outage(). 400 for a bad Host."""
     g.began = time.monotonic()
+    try:
+        str(request.base_url)   # a redirect would need it
+    except ValueError:
+        abort(400, "The Host is malformed.")
 
 
 @app.after_request
@@ -497,7 +506,6 @@ def execute(statement, **values):
 # Each deletion goes on where this worker's last one ended. While a backup runs, deleted
 # rows stay in the index, and a scan from its start would pass over all of them.
 limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
-tidied_at = None
 
 
 def tidy():
@@ -505,20 +513,16 @@ def tidy():
 
     That is more than the requests add, so no cron job is needed.
     """
-    global limits_deleted_to, users_deleted_to, tidied_at
+    global limits_deleted_to, users_deleted_to
     turn = secrets.randbelow(30)
-    if turn > 1:
-        return
-    now = execute("SELECT now()").fetchone().now
-    if tidied_at and now < tidied_at:   # the database's clock was set back: begin anew
-        limits_deleted_to = users_deleted_to = "epoch"
-    tidied_at = now
-    # A worker that starts during a backup may time out here until the backup ends.
-    with suppress(QueryCanceled):
+    # Seldom from the beginning, for what came in behind us: a backup was restored, or
+    # the database's clock was set back.
+    anew = secrets.randbelow(100) == 0
+    with suppress(QueryCanceled):   # during a backup, the beginning may take too long
         if turn == 0:
-            limits_deleted_to = delete_limits(limits_deleted_to)
-        else:
-            users_deleted_to = delete_users(users_deleted_to)
+            limits_deleted_to = delete_limits("epoch" if anew else limits_deleted_to)
+        elif turn == 1:
+            users_deleted_to = delete_users("epoch" if anew else users_deleted_to)
 
 
 def delete_limits(start):

@@ -209,6 +209,18 @@ def test_it_leads_from_docs_to_the_page(service):
     assert (answer.status, answer.headers["Location"]) == (308, f"{service.url}/docs/")
 
 
+def test_its_page_is_the_same_whatever_a_caller_claims(start_service):
+    api = start_service(TRUSTED_PROXIES="2")
+    plain = send(api, "GET", "/docs/")
+
+    claimed = send(api, "GET", "/docs/", headers={
+        "Host": "evil.example", "X-Forwarded-Proto": "<script>, https",
+        "X-Forwarded-For": "1.2.3.4, 1.2.3.4"})
+
+    assert claimed.body == plain.body     # the edge keeps it for everybody
+    assert b"evil" not in claimed.body and b"<script>, " not in claimed.body
+
+
 def test_its_page_loads_everything_from_this_server(service):
     page = send(service, "GET", "/docs/").body.decode()
 

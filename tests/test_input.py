@@ -91,6 +91,26 @@ def test_it_answers_4xx_to_odd_json(service, method, path, body):
     assert problem_in(answer) in (400, 422)     # 1,000 levels may be too deep for it
 
 
+@pytest.mark.parametrize("host", ["[1:::::2]", "[::::]", "[", "a b", "xn--a.com", "/"])
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/docs"), ("GET", "/docs/"), ("GET", "/docs//ann@example.com"),
+    ("POST", "/users//register"), ("GET", "/healthz")])
+def test_it_answers_400_to_a_host_that_is_none(service, method, path, host):
+    before = len(service.log.read_text())
+
+    answer = send(service, method, path, headers={"Host": host})
+
+    assert answer.status < 500
+    assert "level=ERROR" not in service.log.read_text()[before:]
+
+
+@pytest.mark.parametrize("headers", [
+    {"X-Forwarded-Proto": "https, http", "X-Forwarded-Ssl": "on"},
+    {"X-Forwarded-Proto": "http", "X-Forwarded-Protocol": "ssl"}], ids=str)
+def test_it_takes_what_proxies_say_of_the_scheme(service, headers):
+    assert send(service, "GET", "/openapi.yaml", headers=headers).status == 200
+
+
 @endpoints
 def test_it_reads_a_body_as_utf_8_whatever_the_type_says(service, method, path):
     body = f"{{{FIELDS}}}".encode("utf-16")

@@ -130,6 +130,17 @@ def test_it_mails_to_no_server_that_it_cannot_verify(
     assert not waiting_in(broker, DEAD)
 
 
+def test_it_tries_again_after_an_answer_that_is_no_smtp(
+        broker, start_consumer, secure_smtp, job):
+    secure_smtp.replies["AUTH", "ann"] = ["334 Login:"]     # it is to be Base64
+    mailer = start_consumer(BROKER_URL=broker, **secure_smtp.settings)
+
+    message_id = put(broker, job)
+
+    assert arrived(secure_smtp, job["email"])
+    wait_until(lambda: outcomes(mailer, message_id) == ["retry", "sent"])
+
+
 def test_it_tries_again_after_a_failed_login(broker, start_consumer, secure_smtp, job):
     secure_smtp.login = ("ann", "changed")
     start_consumer(BROKER_URL=broker, **secure_smtp.settings)

@@ -2,6 +2,7 @@
 
     smtp.replies["RCPT", address] = ["450 later", DROP, HANG]   # one a try, then 250
     smtp.replies["MAIL", sender] = ["550 no"]
+    smtp.replies["AUTH", user] = ["334 not Base64"]             # to the right password
     smtp.replies["DATA", address] = ["451 later"]               # to the command
     smtp.replies["CONTENT", address] = ["554 spam", 8, event]   # 250 after 8 seconds;
                                                                 # 250 when event is set
@@ -111,7 +112,7 @@ class Session(socketserver.BaseRequestHandler):
         _, name, password = token.split("\0")
         if (name, password) == self.server.login:
             self.user = name
-            return self.say("235 welcome")
+            return self.say_as_told("AUTH", name, otherwise="235 welcome")
         self.server.failed_logins.append(name)
         self.say("535 wrong password")
 

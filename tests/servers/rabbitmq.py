@@ -32,10 +32,12 @@ class RabbitMQ(Server):
             "RABBITMQ_NODE_IP_ADDRESS": self.address,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
-            # The second half: idle schedulers sleep, and leave the cores to the others.
+            # The second line: idle schedulers sleep, and leave the cores to the others.
+            # The third: a queue's log in memory has 64 MiB at most, as in Compose.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS":
                 "-kernel inet_dist_use_interface {127,0,0,1} "
-                "+sbwt none +sbwtdcpu none +sbwtdio none",
+                "+sbwt none +sbwtdcpu none +sbwtdio none "
+                "-ra wal_max_size_bytes 67108864",
             "RABBITMQ_MNESIA_BASE": str(self.folder),
             "RABBITMQ_LOG_BASE": str(self.folder),
             "RABBITMQ_LOGS": "-",

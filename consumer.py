@@ -271,9 +271,16 @@ def heartbeats(connection):
     Otherwise, RabbitMQ would give the job to another consumer, and that would mail it,
     too.
     """
+    beating = False
+
     def beat(number, frame):   # the block itself writes nothing to RabbitMQ
+        nonlocal beating
+        if beating:   # the last one is still at it: it holds a lock
+            return
+        beating = True
         with suppress(OSError):
             connection.send_heartbeat()
+        beating = False
 
     signal.signal(signal.SIGALRM, beat)
     signal.setitimer(signal.ITIMER_REAL, 2, 2)

@@ -39,7 +39,7 @@ import psycopg2
 from amqp.exceptions import AMQPError, MessageNacked
 from dotenv import load_dotenv
 from email_validator import validate_email
-from flask import Flask, abort, g, request, send_file
+from flask import Flask, abort, g, redirect, request, send_file
 from flask_swagger_ui import get_swaggerui_blueprint
 from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
@@ -51,7 +51,6 @@ from psycopg2.errors import QueryCanceled
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
@@ -112,8 +111,7 @@ app = Flask(__name__)
 # Werkzeug truncates a chunked body to this length. With one byte more than we take,
 # read_fields() sees that it was too long.
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
-# The scheme is for the redirect to /docs/. For the address, see caller().
-app.wsgi_app = ProxyFix(app.wsgi_app, x_for=0, x_proto=TRUSTED_PROXIES)
+app.url_map.merge_slashes = False   # Werkzeug would redirect to the caller's own Host
 # The edge keeps this page for everybody. By default, the caller's Host would be in it.
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
@@ -200,6 +198,12 @@ def openapi():
     return send_file("openapi.yaml", mimetype="application/yaml")
 
 
+@app.get("/docs")
+def docs():
+    """Where the page is that shows it."""
+    return redirect("/docs/", 308)
+
+
 # -- Every error of the app leaves here, as problem details (RFC 9457) -----------------
 
 
@@ -222,12 +226,8 @@ def problem(error):
 
 @app.before_request
 def begin():
-    """Record the start time, for the log and for log_outage(). 400 for a bad Host."""
+    """Record the start time, for the log and for log_outage()."""
     g.began = time.monotonic()
-    try:
-        str(request.base_url)   # a redirect would need it
-    except ValueError:
-        abort(400, "The Host is malformed.")
 
 
 @app.after_request
@@ -341,8 +341,8 @@ def caller():
     """The caller's IP address, or None if what our proxies say is not one.
 
     Each proxy appends the address that it sees to X-Forwarded-For. If there are fewer
-    than TRUSTED_PROXIES, it is the address of the last one. ProxyFix would not do: it
-    finds no address after a quotation mark, which a caller may send.
+    than TRUSTED_PROXIES, it is the address of the last one. Werkzeug's ProxyFix would
+    not do: it finds no address after a quotation mark, which a caller may send.
     """
     forwarded = request.headers.get("X-Forwarded-For")
     hops = forwarded.split(",") if forwarded else []

@@ -90,17 +90,16 @@ def test_it_changes_nothing_of_an_answer(edge):
 def test_it_leads_to_the_docs_at_its_own_address(edge):
     answer = send(edge, "GET", "/docs")
 
-    assert (answer.status, answer.headers["Location"]) == (308, f"{edge.url}/docs/")
+    assert (answer.status, answer.headers["Location"]) == (308, "/docs/")
 
 
-def test_it_passes_on_what_a_tls_proxy_in_front_of_it_says(start_service, servers):
+def test_it_passes_on_which_client_a_tls_proxy_in_front_of_it_has(
+        start_service, servers):
     api = start_service(TRUSTED_PROXIES="2")
-    proxy = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"}
 
     with Edge(servers.folder / "behind-tls", api) as edge:
-        answer = send(edge, "GET", "/docs", headers=proxy)
+        send(edge, "GET", "/docs", headers={"X-Forwarded-For": "203.0.113.9"})
 
-    assert answer.headers["Location"].startswith("https://")
     assert events(api.log, event="request", client="203.0.113.9")
 
 

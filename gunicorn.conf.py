@@ -26,7 +26,7 @@ preload_app = True               # a wrong setting stops the start; memory is sh
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
 control_socket_disable = True    # nobody uses it, and it is a file to write
-secure_scheme_headers = {}       # it would refuse requests for what proxies say there
+secure_scheme_headers = {}       # or it refuses requests whose proxies disagree
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # heartbeat files
 
 

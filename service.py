@@ -200,7 +200,7 @@ def openapi():
 
 @app.get("/docs")
 def docs():
-    """Where the page is that shows it."""
+    """To the page, which the blueprint serves."""
     return redirect("/docs/", 308)
 
 

@@ -1,7 +1,9 @@
 -- For Docker Compose, which applies it after schema.sql: the API's role gets the password.
 -- The superuser, to whom the image gave it, has none from then on. So nobody becomes superuser
--- over the network, only through the socket in the container.
+-- over the network, only through the socket in the container. The API's role gets into no
+-- other database: what every role may do there is not its business.
 
 \getenv password POSTGRES_PASSWORD
 ALTER ROLE registration_api PASSWORD :'password';
 ALTER ROLE CURRENT_USER PASSWORD NULL;
+REVOKE CONNECT ON DATABASE postgres, template1 FROM PUBLIC;

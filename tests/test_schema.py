@@ -81,6 +81,9 @@ CONTENTS = """
     UNION ALL
     SELECT 'privilege', nspname, nspacl::text FROM pg_namespace WHERE nspname = 'public'
     UNION ALL
+    SELECT 'privilege', proname, proacl::text
+      FROM pg_proc WHERE proname IN ('lo_create', 'lo_creat', 'lo_from_bytea')
+    UNION ALL
     SELECT 'privilege', datname, datacl::text
       FROM pg_database WHERE datname = current_database()
      ORDER BY 1, 2, 3"""
@@ -88,12 +91,12 @@ CONTENTS = """
 
 @pytest.fixture
 def contents_after(servers, database):
-    """Runs scripts in an empty database, and lists what is in it then."""
+    """Runs scripts in an empty database as its owner, and lists what is in it then."""
     name = f"empty_{os.getpid()}"
-    url = servers.postgres.url_of(name)
 
-    def run_them(*scripts):
-        database(f"CREATE DATABASE {name}")
+    def run_them(*scripts, owner="registration"):
+        database(f"CREATE DATABASE {name} OWNER {owner}")
+        url = servers.postgres.url_of(name, owner)
         with closing(psycopg2.connect(url)) as session:
             session.autocommit = True
             cursor = session.cursor()
@@ -134,6 +137,24 @@ def test_its_later_scripts_can_be_applied_again(contents_after):
     assert contents_after(schema, *later) == contents_after(schema)
 
 
+@pytest.fixture
+def owner(database):
+    """A role that is no superuser."""
+    name = f"owner_{os.getpid()}"
+    database(f"CREATE ROLE {name} LOGIN CREATEROLE")
+    yield name
+    database(f"DROP ROLE {name}")
+
+
+def test_its_scripts_need_no_superuser(owner, contents_after):
+    scripts = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
+    schema = (TOP / "sql/schema.sql").read_text()
+
+    contents = contents_after(schema, *scripts, *scripts, owner=owner)
+
+    assert ("table", "users", "p") in contents
+
+
 # -- The role of the API ---------------------------------------------------------------
 
 
@@ -151,6 +172,7 @@ def as_api(servers, service):
     "TRUNCATE users", "DROP TABLE limits", "ALTER TABLE users ADD mine int",
     "CREATE TRIGGER mine AFTER INSERT ON users EXECUTE FUNCTION mine()",
     "CREATE ROLE mine", "CREATE DATABASE mine",
+    "SELECT lo_create(0)", "SELECT lo_creat(-1)", "SELECT lo_from_bytea(0, '')",
     "SET ROLE registration", "ALTER ROLE registration PASSWORD 'mine'",
     "SELECT rolpassword FROM pg_authid", "SELECT pg_read_file('PG_VERSION')",
     "COPY users TO PROGRAM 'true'", "SELECT pg_reload_conf()"])

@@ -140,7 +140,8 @@ def print_growth(series, minutes):
           f"the last {minutes / 6:.0f} | ratio |\n" + "|---" * 4 + "|")
     for what, values in series.items():
         early, late = (quantiles([value for minute, value in values
-                                  if first <= minute <= first + minutes / 6], n=10)[0]
+                                  if first <= minute <= first + minutes / 6],
+                                 n=10, method="inclusive")[0]
                        for first in (minutes / 6, minutes * 5 / 6))
         print(f"| {what} | {early:.5g} | {late:.5g} | {late / (early or 1):.2f} |")
         if late > early * GROWTH:

@@ -8,12 +8,11 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'registration_api') THEN
         CREATE ROLE registration_api LOGIN;
     END IF;
-    -- What PostgreSQL gives every role: temporary tables, before version 15 any tables, and
-    -- large objects. The last can only be taken away by a superuser; another owner is warned.
+    -- What PostgreSQL gives every role: temporary tables, and before version 15 any tables.
     EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
 END $$;
-
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
+-- And large objects, which only a superuser can take away. Another owner gets a warning.
 REVOKE EXECUTE ON FUNCTION lo_create, lo_creat, lo_from_bytea FROM PUBLIC;
 GRANT USAGE ON SCHEMA public TO registration_api;
 GRANT SELECT, INSERT, UPDATE, DELETE ON users, limits TO registration_api;

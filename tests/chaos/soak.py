@@ -7,8 +7,8 @@ The load is 60 % of the capacity, which is measured first. Every ten seconds, it
 what each program and server has: memory, file descriptors, connections, tables. Ends
 with account.py's table and one of what was noted, and draws docs/soak.svg. It fails as
 make chaos does, and if something grew by over a tenth between the second sixth of the
-time and the last. A sixth counts with what it stayed above for nine tenths of its time:
-a hash in progress takes 12 MiB, a consumer's backlog some, and neither is growth.
+time and the last. A sixth counts with its median, but in memory with what it stayed
+above for nine tenths of its time: a hash in progress takes 12 MiB, and is no growth.
 
 Accounts are never deleted here, so the size of their table is divided by their number.
 A window of the limits lasts up to a day. So once a minute, those of the addresses that
@@ -139,9 +139,10 @@ def print_growth(series, minutes):
     print(f"\n| | minutes {minutes / 6:.0f} to {minutes / 3:.0f} | "
           f"the last {minutes / 6:.0f} | ratio |\n" + "|---" * 4 + "|")
     for what, values in series.items():
+        tenths = 1 if what.startswith("memory") else 5
         early, late = (quantiles([value for minute, value in values
                                   if first <= minute <= first + minutes / 6],
-                                 n=10, method="inclusive")[0]
+                                 n=10, method="inclusive")[tenths - 1]
                        for first in (minutes / 6, minutes * 5 / 6))
         print(f"| {what} | {early:.5g} | {late:.5g} | {late / (early or 1):.2f} |")
         if late > early * GROWTH:

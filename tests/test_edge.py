@@ -14,6 +14,7 @@ from servers.install import install_missing
 from servers.process import running
 from servers.program import Gunicorn
 from steps import (
+    ACTIVATE,
     PASSWORD,
     REGISTER,
     activate,
@@ -175,12 +176,24 @@ def test_it_answers_others_while_240_connections_trickle(edge):
     (POST + b"Content-Length: 20000\r\n\r\n" + b"a" * 20000, 413),
     (POST + b"Transfer-Encoding: chunked\r\n\r\n5000\r\n" + b"a" * 0x5000, 413),
     (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
+    (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+    (b"GET /docs/ HTTP/1.0\r\nHost: a\r\nIf-Match: \"a\"\r\n\r\n", 412),
+    (b"GET /openapi.yaml HTTP/1.0\r\nHost: a\r\nRange: bytes=9999999-\r\n\r\n", 416),
     (b"GET / HTTP/3.0\r\nHost: a\r\n\r\n", 505)])
 def test_its_own_errors_are_problems_too(edge, request_, status):
     answer = read(answer_to(edge, request_))
 
     assert problem_in(answer) == status
     assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("path", [REGISTER, ACTIVATE, "/openapi.yaml", "/docs/"])
+def test_it_names_the_same_methods_as_the_api_when_it_refuses_trace(edge, path):
+    answers = [send(server, "TRACE", path) for server in (edge, edge.api)]
+
+    allowed = [sorted(answer.headers["Allow"].split(", ")) for answer in answers]
+    assert [answer.status for answer in answers] == [405, 405]
+    assert allowed[0] == allowed[1]
 
 
 def test_it_answers_503_with_retry_after_while_no_api_runs(edge):

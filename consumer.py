@@ -18,8 +18,8 @@ ack deletes it from the queue, reject moves it to mail.dead.
     retry         any other trouble: connection, login, 4xx, or
                   5xx for the sender: tried again in seconds       not yet
 
-A job whose deadline passes in the queue, without a consumer, is moved to mail.dead by
-the broker. If a consumer dies or loses the broker before the ack, or the mail server's
+A job whose deadline passes while no consumer holds it is moved to mail.dead by the
+broker. If a consumer dies or loses the broker before the ack, or the mail server's
 answer is lost, a mail may be sent again, with the same Message-ID.
 """
 
@@ -50,12 +50,13 @@ from kombu.exceptions import KombuError
 def setting(name, default=None, pattern=".+"):
     """The text of an environment variable. It must match the regular expression."""
     text = os.environ.get(name) or default
-    if text is None or not re.fullmatch(pattern, text):
+    if text is None or not re.fullmatch(pattern, text) or re.search(NOT_UTF8, text):
         raise SystemExit(f"{name} is missing or malformed; see .env.example")
     return text
 
 
-ADDRESS = "[!-~]+@[!-~]+"   # ASCII, no spaces
+NOT_UTF8 = "[\ud800-\udfff]"   # what Python makes of other bytes
+ADDRESS = "[0-9A-Za-z.!#$%&'*+/=?^_`{|}~-]+@[0-9A-Za-z._-]+"   # RFC 5322, unquoted
 JOB_ID = "[0-9A-Za-z-]+"
 PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
         "|[1-9][0-9]{0,3})")
@@ -152,7 +153,7 @@ stopping = False                # set by a signal
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # otherwise, the broker delivers it again, to another consumer
+    if not stopping:   # otherwise, the broker delivers it again later
         outcome, error = process(message)
         settle(message, outcome, error)
 
@@ -171,6 +172,9 @@ def process(message):
         return "expired", None
     try:
         with heartbeats(message.channel.connection):
+            open_session()
+            if not time.time() < expires_at:   # the mail server took its time
+                return "expired", None
             send(job["email"], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         return ("refused" if reply_code(error) >= 500 else "retry"), error
@@ -208,9 +212,7 @@ smtp = None   # the open session: opening one takes longer than sending a mail
 
 
 def send(email, mail):
-    """Send a mail over the open session or a new one. A refusal leaves it open."""
-    global smtp
-    smtp = smtp or open_session()
+    """Send a mail over the open session. A refusal leaves it open."""
     try:
         smtp.sendmail(SENDER, [email], mail)
     except OSError:
@@ -227,7 +229,10 @@ def reset_session():
 
 
 def open_session():
-    """A session, encrypted and logged in as the settings say."""
+    """Open a session if none is: encrypted and logged in as the settings say."""
+    global smtp
+    if smtp:
+        return
     tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING}
     try:
@@ -239,7 +244,7 @@ def open_session():
             session.starttls(context=tls)
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
-        return session
+        smtp = session
     except (OSError, ValueError):
         time.sleep(1)   # however many jobs wait, at most one try a second
         raise

@@ -30,6 +30,8 @@ import os
 import re
 import secrets
 import select
+import socket
+import sys
 import time
 import unicodedata
 from contextlib import suppress
@@ -58,11 +60,12 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 def setting(name, default=None, pattern=".+"):
     """The text of an environment variable. It must match the regular expression."""
     text = os.environ.get(name) or default
-    if text is None or not re.fullmatch(pattern, text):
+    if text is None or not re.fullmatch(pattern, text) or re.search(NOT_UTF8, text):
         raise SystemExit(f"{name} is missing or malformed; see .env.example")
     return text
 
 
+NOT_UTF8 = "[\ud800-\udfff]"   # what Python makes of other bytes
 NUMBER = "[0-9]{1,9}"
 PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
         "|[1-9][0-9]{0,3})")
@@ -87,6 +90,7 @@ TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))   # in front of 
 
 MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
+MAX_QUEUED = 2            # seconds that a request may have waited for a worker
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 # Seconds, sent with each 503. That request may count against IP_LIMIT. A client that
@@ -112,7 +116,8 @@ app = Flask(__name__)
 # read_fields() sees that it was too long.
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
 app.url_map.merge_slashes = False   # Werkzeug would redirect to the caller's own Host
-# The edge keeps this page for everybody. By default, the caller's Host would be in it.
+# The edge (nginx) keeps this page for everybody. By default, the caller's Host would be
+# in it.
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
 
@@ -127,7 +132,7 @@ def register():
     400  not JSON      413  over 4 KiB      415  not application/json
     422  a field is missing or not acceptable: see errors
     429  too many requests from this client or for this address
-    503  the database or the broker is unavailable, or there is no memory: try again
+    503  a server is unavailable, or there is too much to do or no memory: try again
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if is_address(password, email):
@@ -176,7 +181,7 @@ def activate():
     if account.activated_at:
         abort(409, "The account is already active.")
     # Not in `with db:`, so the attempt is committed before abort() raises. A ROLLBACK
-    # would forget it, and a caller could try all 10,000 codes.
+    # would forget it, and CODE_ATTEMPTS would limit nothing.
     if not spend_attempt(account, digest(email, code)):
         abort(422, "The code is wrong, expired, superseded or used up.")
     mail_confirmation(email)
@@ -210,8 +215,8 @@ def docs():
 @app.errorhandler(HTTPException)
 def problem(error):
     """The HTTPException as problem+json. A list as its description becomes errors."""
-    if error.code >= 500:
-        disconnect()   # the state of the connections is unknown
+    if error.code == 500:
+        disconnect()   # a bug: the state of the connections is unknown
     body = {"title": error.name, "status": error.code, "detail": error.description}
     if isinstance(error.description, list):
         body["detail"] = "Some fields are not acceptable."
@@ -365,17 +370,24 @@ def client():
 # -- The worker's two connections ------------------------------------------------------
 
 db = producer = None             # connect() opens both, disconnect() drops both
-# Set by log_outage(): after a server has timed out, connect() answers 503 until then.
-stalled_server, refuse_until = "", 0   # a name, and an instant of time.monotonic()
+# After a server has timed out, log_outage() sets its name here, and the instant of
+# time.monotonic() until which connect() answers 503.
+stalled_server, refuse_until = "", 0
 broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
     "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
 
 
 def connect():
-    """Open both connections if one is missing or broken. 503 just after a stall."""
+    """Open both connections if one is missing or broken.
+
+    503 just after a stall. Also if the request has queued for too long: while servers
+    answer slowly, the workers would only handle requests whose callers have given up.
+    """
     global db, producer
     if time.monotonic() < refuse_until:
         raise unavailable(stalled_server)
+    if queued() > MAX_QUEUED:
+        raise unavailable("service")
     if db:
         # An idle server sends nothing (we ask for no heartbeats), unless it closes the
         # connection. RabbitMQ also announces alarms. Anything to read: reconnect.
@@ -393,15 +405,25 @@ def connect():
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
     session.autocommit = True   # a statement outside of `with db:` commits by itself
     # PostgreSQL gives up a little sooner than wait_for_database(). Otherwise, a
-    # statement for which nobody waits would keep its locks. A transaction may idle for
-    # 2 seconds, since publish() may wait TIMEOUT twice. Every statement can use an
-    # index: the planner is to do so even before it has statistics.
+    # statement for which nobody waits would keep its locks. publish() may wait TIMEOUT
+    # twice, so a transaction that idles for 3 seconds has been left.
+    # Every statement can use an index: the planner is to do so even before it has
+    # statistics.
     session.cursor().execute("""
         SET statement_timeout = '900ms';
         SET idle_in_transaction_session_timeout = '3s';
         SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off
         """)
     db = session   # last: it says that both are open
+
+
+def queued():
+    """Seconds since the last byte of the request came, as the kernel knows them."""
+    with suppress(OSError, KeyError):   # a Unix socket, or not gunicorn
+        info = request.environ["gunicorn.socket"].getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_INFO, 56)
+        return int.from_bytes(info[52:], sys.byteorder) / 1000   # tcpi_last_data_recv
+    return 0
 
 
 def disconnect():
@@ -434,9 +456,9 @@ def log_outage(error):
 
     Nothing is tried again here: a statement without an answer may have taken effect.
 
-    A request that took TIMEOUT or longer has probably run into a timeout. Its worker
-    refuses the next ones for a second. Otherwise, every queued request would wait a
-    second as well.
+    A request that took 0.9 seconds or longer has probably run into a timeout, ours or
+    PostgreSQL's statement_timeout. Its worker refuses the next ones for a second.
+    Otherwise, every queued request would wait a second as well.
     """
     global stalled_server, refuse_until
     # If the connection breaks inside `with db:`, its ROLLBACK raises InterfaceError.
@@ -446,7 +468,7 @@ def log_outage(error):
         error = cause
     server = ("database" if isinstance(error, psycopg2.Error) else
               "broker" if isinstance(error, BROKER_ERRORS) else "service")
-    if time.monotonic() - g.began >= TIMEOUT:
+    if time.monotonic() - g.began >= 0.9:
         stalled_server, refuse_until = server, time.monotonic() + TIMEOUT
     reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
     app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
@@ -460,9 +482,14 @@ def unavailable(server):
                               retry_after=RETRY_AFTER)
 
 
+def answer_outage(error):
+    """The 503 after one of FAILURES. The state of the connections is unknown."""
+    disconnect()
+    return problem(unavailable(log_outage(error)))
+
+
 for kind in FAILURES:
-    app.register_error_handler(
-        kind, lambda error: problem(unavailable(log_outage(error))))
+    app.register_error_handler(kind, answer_outage)
 
 # -- Passwords and codes ---------------------------------------------------------------
 
@@ -633,7 +660,7 @@ def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to the broker and wait for the publisher confirm.
 
     issued_at is in seconds since 1970, lifetime in seconds. Past it, the consumer that
-    holds the job drops it. If none has taken it yet, the broker moves it to mail.dead.
+    holds the job drops it. If none does, the broker moves it to mail.dead.
     Mandatory: if the queue is missing, publishing fails instead of losing the job.
     """
     g.job = secrets.token_hex(16)

@@ -57,6 +57,24 @@ def test_it_sends_nothing_that_expired_while_no_consumer_ran(
     assert not smtp.tries[late]
 
 
+def test_it_sends_nothing_if_the_deadline_passed_until_the_mail_server_was_ready(
+        broker, start_consumer, smtp, job):
+    ready = threading.Event()
+    smtp.greetings = [ready]
+    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+    late, expires_at = fresh_email(), time.time() + 5
+
+    late_id = put(broker, job | {"email": late, "expires_at": expires_at})
+    wait_until(lambda: smtp.clients)
+    wait_until(lambda: time.time() > expires_at)
+    ready.set()
+
+    mailer.broker, mailer.smtp = broker, smtp
+    assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, late_id) == ["expired"]
+    assert not smtp.tries[late]
+
+
 @pytest.mark.parametrize("verb, trouble", [
     ("MAIL", "451 try again"), ("MAIL", "550 not this sender"), ("MAIL", "421 closing"),
     ("RCPT", "450 greylisted"), ("RCPT", "421 closing"), ("RCPT", DROP),

@@ -9,7 +9,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from servers.faults import alarmed, full, paused, row_locked, statements_waiting, way_to
+from servers.faults import (
+    alarmed,
+    full,
+    paused,
+    row_locked,
+    statements_waiting,
+    table_locked,
+    way_to,
+)
 from steps import (
     activate,
     at_once,
@@ -130,6 +138,32 @@ def test_it_refuses_a_crowd_in_time_while_a_server_is_paused(
 
     assert all(refused_in_time(answer) for answer in answers)
     wait_until(lambda: register(api, fresh_email()).status == 202)
+
+
+def test_it_refuses_a_crowd_in_time_while_a_table_is_locked(servers, start_service):
+    api = start_service(WEB_CONCURRENCY="5")
+    at_once(*[lambda: register(api, fresh_email())] * 10)     # connections are open now
+
+    with table_locked(servers.postgres, "limits"):
+        answers = at_once(*[lambda: timed(lambda: register(api, fresh_email()))] * 60)
+
+    assert all(refused_in_time(answer) for answer in answers)
+    wait_until(lambda: register(api, fresh_email()).status == 202)
+
+
+def test_it_answers_a_crowd_in_time_while_each_answer_of_a_server_is_late(
+        servers, start_service):
+    with way_to(servers.postgres.api_url) as way:
+        api = start_service(DATABASE_URL=way.url, WEB_CONCURRENCY="5")
+        at_once(*[lambda: register(api, fresh_email())] * 10)
+
+        way.seconds = 0.35     # six answers a registration
+        answers = at_once(*[lambda: timed(lambda: register(api, fresh_email()))] * 60)
+        way.seconds = 0
+
+        assert {answer.status for answer in answers} == {202, 503}
+        assert all(answer.seconds < 5 for answer in answers)
+        wait_until(lambda: register(api, fresh_email()).status == 202)
 
 
 @pytest.mark.parametrize("server", ["rabbitmq", "postgres"])

@@ -103,6 +103,14 @@ def row_locked(postgres, email):
         yield
 
 
+@contextmanager
+def table_locked(postgres, table):
+    """Somebody else's transaction holds a table, as ALTER TABLE does."""
+    with closing(psycopg2.connect(postgres.url)) as session:
+        session.cursor().execute(f"LOCK TABLE {table}")
+        yield
+
+
 def statements_waiting(postgres):
     """How many statements wait for a lock."""
     return int(postgres.psql("SELECT count(*) FROM pg_locks WHERE NOT granted"))

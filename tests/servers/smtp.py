@@ -36,7 +36,7 @@ class SmtpServer(socketserver.ThreadingTCPServer):
         super().__init__((address, port), Session)
         self.port = port
         self.tls, self.implicit_tls, self.login = tls, implicit_tls, login
-        self.greetings = []      # other than 220, one a connection
+        self.greetings = []      # other than 220, one a connection; an Event: later
         self.replies = {}
         self.tries = collections.Counter()
         self.tried_at = collections.defaultdict(list)
@@ -72,7 +72,11 @@ class Session(socketserver.BaseRequestHandler):
             self.encrypt()
         self.file = self.request.makefile("rb")
         greetings = self.server.greetings
-        self.say(greetings.pop(0) if greetings else "220 ready")
+        greeting = greetings.pop(0) if greetings else "220 ready"
+        if isinstance(greeting, threading.Event):
+            greeting.wait()
+            greeting = "220 ready"
+        self.say(greeting)
         while line := self.file.readline():
             verb, _, rest = line.decode().strip().partition(" ")
             if verb.upper() == "QUIT":

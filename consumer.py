@@ -244,6 +244,7 @@ def open_session():
             session.starttls(context=tls)
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
+        session.ehlo_or_helo_if_needed()
         smtp = session
     except (OSError, ValueError):
         time.sleep(1)   # however many jobs wait, at most one try a second

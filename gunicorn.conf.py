@@ -21,7 +21,7 @@ if not re.fullmatch("[1-9][0-9]{0,3}", WEB_CONCURRENCY):
 
 # Sync workers: each handles one request at a time. While some wait, others hash.
 workers = int(WEB_CONCURRENCY)
-backlog = 128 * os.cpu_count()   # two seconds of work may queue in the kernel
+backlog = 100 * os.cpu_count()   # two seconds of work may queue in the kernel
 preload_app = True               # a wrong setting stops the start; memory is shared
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM

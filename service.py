@@ -90,7 +90,7 @@ TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))   # in front of 
 
 MAX_BODY = 4096           # bytes
 TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
-MAX_QUEUED = 2            # seconds that a request may have waited for a worker
+MAX_QUEUED = 2            # seconds that a request may wait for a worker
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 # Seconds, sent with each 503. That request may count against IP_LIMIT. A client that
@@ -137,6 +137,7 @@ def register():
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if is_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
+    shed()
     connect()
     tidy()
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
@@ -171,6 +172,7 @@ def activate():
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
+    shed()
     connect()
     tidy()
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
@@ -378,16 +380,10 @@ broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
 
 
 def connect():
-    """Open both connections if one is missing or broken.
-
-    503 just after a stall. Also if the request has queued for too long: while servers
-    answer slowly, the workers would only handle requests whose callers have given up.
-    """
+    """Open both connections if one is missing or broken. 503 just after a stall."""
     global db, producer
     if time.monotonic() < refuse_until:
         raise unavailable(stalled_server)
-    if queued() > MAX_QUEUED:
-        raise unavailable("service")
     if db:
         # An idle server sends nothing (we ask for no heartbeats), unless it closes the
         # connection. RabbitMQ also announces alarms. Anything to read: reconnect.
@@ -405,25 +401,15 @@ def connect():
     session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
     session.autocommit = True   # a statement outside of `with db:` commits by itself
     # PostgreSQL gives up a little sooner than wait_for_database(). Otherwise, a
-    # statement for which nobody waits would keep its locks. publish() may wait TIMEOUT
-    # twice, so a transaction that idles for 3 seconds has been left.
-    # Every statement can use an index: the planner is to do so even before it has
-    # statistics.
+    # statement for which nobody waits would keep its locks. A transaction may idle for
+    # three seconds: publish() may wait TIMEOUT two or three times. Every statement
+    # can use an index: the planner is to do so even before it has statistics.
     session.cursor().execute("""
         SET statement_timeout = '900ms';
         SET idle_in_transaction_session_timeout = '3s';
         SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off
         """)
     db = session   # last: it says that both are open
-
-
-def queued():
-    """Seconds since the last byte of the request came, as the kernel knows them."""
-    with suppress(OSError, KeyError):   # a Unix socket, or not gunicorn
-        info = request.environ["gunicorn.socket"].getsockopt(
-            socket.IPPROTO_TCP, socket.TCP_INFO, 56)
-        return int.from_bytes(info[52:], sys.byteorder) / 1000   # tcpi_last_data_recv
-    return 0
 
 
 def disconnect():
@@ -445,7 +431,22 @@ def wait_for_database(session):
 
 set_wait_callback(wait_for_database)
 
-# -- When a server fails ---------------------------------------------------------------
+# -- When a server is slow or fails ----------------------------------------------------
+
+
+def shed():
+    """503 if the request has waited for over MAX_QUEUED since its last byte came.
+
+    Otherwise, while servers answer slowly, the workers would only handle requests whose
+    callers have given up.
+    """
+    with suppress(OSError, KeyError):   # a Unix socket, or not gunicorn
+        info = request.environ["gunicorn.socket"].getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_INFO, 56)
+        waited = int.from_bytes(info[52:], sys.byteorder)   # tcpi_last_data_recv, in ms
+        if waited > 1000 * MAX_QUEUED:
+            raise unavailable("service")
+
 
 BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # OSError: sockets
 FAILURES = psycopg2.Error, *BROKER_ERRORS, CryptoError   # CryptoError: no memory

@@ -57,10 +57,10 @@ def test_it_sends_nothing_that_expired_while_no_consumer_ran(
     assert not smtp.tries[late]
 
 
+@pytest.mark.parametrize("what", ["greeting", "EHLO"])
 def test_it_sends_nothing_if_the_deadline_passed_until_the_mail_server_was_ready(
-        broker, start_consumer, smtp, job):
-    ready = threading.Event()
-    smtp.greetings = [ready]
+        broker, start_consumer, smtp, job, what):
+    smtp.pauses[what] = ready = threading.Event()
     mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
     late, expires_at = fresh_email(), time.time() + 5
 

@@ -94,8 +94,12 @@ def contents_after(servers, database):
     """Runs scripts in an empty database as its owner, and lists what is in it then."""
     name = f"empty_{os.getpid()}"
 
-    def run_them(*scripts, owner="registration"):
+    def run_them(*scripts, owner="registration", prepare="SELECT"):
         database(f"CREATE DATABASE {name} OWNER {owner}")
+        url = servers.postgres.url_of(name)
+        with closing(psycopg2.connect(url)) as session:
+            session.autocommit = True
+            session.cursor().execute(prepare)
         url = servers.postgres.url_of(name, owner)
         with closing(psycopg2.connect(url)) as session:
             session.autocommit = True
@@ -146,11 +150,16 @@ def owner(database):
     database(f"DROP ROLE {name}")
 
 
-def test_its_scripts_need_no_superuser(owner, contents_after):
+REVOKED = "REVOKE EXECUTE ON FUNCTION lo_create, lo_creat, lo_from_bytea FROM PUBLIC"
+
+
+@pytest.mark.parametrize("prepare", ["SELECT", REVOKED])
+def test_its_scripts_need_no_superuser(owner, contents_after, prepare):
     scripts = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
     schema = (TOP / "sql/schema.sql").read_text()
 
-    contents = contents_after(schema, *scripts, *scripts, owner=owner)
+    contents = contents_after(
+        schema, *scripts, *scripts, owner=owner, prepare=prepare)
 
     assert ("table", "users", "p") in contents
 

@@ -36,7 +36,8 @@ class SmtpServer(socketserver.ThreadingTCPServer):
         super().__init__((address, port), Session)
         self.port = port
         self.tls, self.implicit_tls, self.login = tls, implicit_tls, login
-        self.greetings = []      # other than 220, one a connection; an Event: later
+        self.greetings = []      # other than 220, one a connection
+        self.pauses = {}         # before "greeting" or "EHLO": until an Event
         self.replies = {}
         self.tries = collections.Counter()
         self.tried_at = collections.defaultdict(list)
@@ -72,11 +73,8 @@ class Session(socketserver.BaseRequestHandler):
             self.encrypt()
         self.file = self.request.makefile("rb")
         greetings = self.server.greetings
-        greeting = greetings.pop(0) if greetings else "220 ready"
-        if isinstance(greeting, threading.Event):
-            greeting.wait()
-            greeting = "220 ready"
-        self.say(greeting)
+        self.pause("greeting")
+        self.say(greetings.pop(0) if greetings else "220 ready")
         while line := self.file.readline():
             verb, _, rest = line.decode().strip().partition(" ")
             if verb.upper() == "QUIT":
@@ -102,7 +100,12 @@ class Session(socketserver.BaseRequestHandler):
     def unknown(self, rest):
         self.say("502 not here")
 
+    def pause(self, what):
+        if what in self.server.pauses:
+            self.server.pauses[what].wait()
+
     def ehlo(self, rest):
+        self.pause("EHLO")
         can = ["250 STARTTLS"] if self.server.tls and not self.encrypted else []
         can += ["250 AUTH PLAIN"] if self.server.login else []
         self.say("250 at your service", *can)

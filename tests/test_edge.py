@@ -203,6 +203,7 @@ def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
 
     assert problem_in(refused) == 503
     assert refused.headers["Retry-After"] == "2"
+    assert events(edge.log, event="edge", method="POST", status="503")
     assert healed.status == 202
 
 

@@ -198,14 +198,17 @@ def test_production_takes_its_settings_from_a_file(start_production, tmp_path):
     assert PRODUCTION["SECRET_KEY"] in done.stdout
 
 
-def test_nobody_is_superuser_over_the_network(start_production):
+def test_over_the_network_only_the_apis_role_logs_in_and_to_its_database_only(
+        start_production):
     stack = start_production(**PRODUCTION)
     stack.up()
 
-    log_in = {role: stack.compose(
-        "exec", "api", "python", "-c", "import psycopg2; psycopg2.connect("
-        f"host='postgres', user='{role}', dbname='registration')")
-        for role in ("registration", "registration_api")}
+    def log_in(role, database):
+        return stack.compose(
+            "exec", "api", "python", "-c", "import psycopg2; psycopg2.connect("
+            f"host='postgres', user='{role}', dbname='{database}')")
 
-    assert "authentication failed" in log_in["registration"].stderr
-    assert log_in["registration_api"].returncode == 0
+    assert "authentication failed" in log_in("registration", "registration").stderr
+    assert log_in("registration_api", "registration").returncode == 0
+    for other in "postgres", "template1":
+        assert "permission denied" in log_in("registration_api", other).stderr

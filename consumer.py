@@ -1,104 +1,126 @@
 """Takes mail jobs from RabbitMQ and hands the mails to the mail server.
 
-    service.py --> queue "mail" --> consumer.py --> mail server
-                                        +--> queue "mail.dead"
+    service.py --> registration.mail --> consumer.py --> mail server
+                          ^                   |
+                          +-------------------+
+                 registration.retry, for three seconds
 
-Run:    python consumer.py          as many as you like: they share the queue
+Run:    python consumer.py    as many as you like: they share the queue
 
 What becomes of a job. The first match wins; the last column says how it is settled:
-ack deletes it from the queue, reject moves it to mail.dead.
+ack deletes it, reject moves it to registration.retry, which gives it back.
 
-    unreadable    it cannot be turned into a mail                  reject
-    sent-before   this process has sent it, but the connection
-                  broke before the broker had the ack              ack
+    unreadable    it cannot be turned into a mail                  ack
     expired       its deadline has passed: nothing is sent         ack
     sent          the mail server has accepted the mail            ack
     refused       the mail server refuses it for good: 5xx for
-                  the recipient or the content                     reject
+                  the recipient or the content                     ack
     retry         any other trouble: connection, login, 4xx, or
-                  5xx for the sender: tried again in seconds       not yet
+                  5xx for the sender                               reject
 
-A job whose deadline passes while no consumer holds it is moved to mail.dead by the
-broker. If a consumer dies or loses the broker before the ack, or the mail server's
-answer is lost, a mail may be sent again, with the same Message-ID.
+If a consumer dies or loses RabbitMQ before the ack, or the mail server's answer is
+lost, the mail may be sent again, with the same Message-ID.
 """
 
-import html
+import json
 import logging
 import os
-import re
 import signal
 import smtplib
-import socket
 import ssl
 import sys
 import time
-from collections import deque
-from contextlib import contextmanager, suppress
-from email.mime.multipart import MIMEMultipart
+from email.headerregistry import Address
 from email.mime.text import MIMEText
-from email.utils import formataddr, formatdate, parseaddr
+from email.utils import formataddr, formatdate, getaddresses
 
 from amqp.exceptions import AMQPError
 from dotenv import load_dotenv
 from kombu import Connection, Consumer, Queue
 from kombu.exceptions import KombuError
+from kombu.utils.url import parse_url
 
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None, pattern=".+"):
-    """The text of an environment variable. It must match the regular expression."""
+def setting(name, default=None, check=str.encode, problem="is not UTF-8"):
+    """The text of an environment variable. The program ends if check(text) raises."""
     text = os.environ.get(name) or default
-    if text is None or not re.fullmatch(pattern, text) or re.search(NOT_UTF8, text):
-        raise SystemExit(f"{name} is missing or malformed; see .env.example")
+    if text is None:
+        raise SystemExit(f"{name} is missing; see .env.example")
+    try:
+        check(text)
+    except Exception:   # without its message, which may quote a password
+        raise SystemExit(f"{name} {problem}; see .env.example") from None
     return text
 
 
-NOT_UTF8 = "[\ud800-\udfff]"   # what Python makes of other bytes
-ADDRESS = "[0-9A-Za-z.!#$%&'*+/=?^_`{|}~-]+@[0-9A-Za-z._-]+"   # RFC 5322, unquoted
-JOB_ID = "[0-9A-Za-z-]+"
-PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
-        "|[1-9][0-9]{0,3})")
-HOST = r"([0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*\.?)"
-# user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
-SERVER = rf"((%[0-9A-Fa-f]{{2}}|[^%/?#@;])*@)?(\[[^]]+\]|{HOST})?(:{PORT})?"
-AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
+def number(name, default, least, most):
+    """The whole number in an environment variable, from least to most."""
+    return int(setting(
+        name, default, lambda text: range(least, most + 1).index(int(text)),
+        f"must be a number from {least} to {most}"))
+
+
+def amqp_urls(text):
+    """Raise an error unless it is one AMQP URL, or several with ";" between them."""
+    for url in text.split(";"):
+        ["amqp", "amqps"].index(parse_url(url)["transport"])
+
+
+def ascii_text(text):
+    """Raise an error unless smtplib can send it."""
+    text.encode("ascii")
+
+
+def one_address(text):
+    """Raise an error unless it is one address, with or without a name."""
+    [(name, address)] = getaddresses([text])
+    formataddr((name, str(Address(addr_spec=address))))
+
 
 load_dotenv()
-BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")
-SMTP_HOST = setting("SMTP_HOST", "localhost", f"{HOST}|[0-9A-Fa-f:.]+")   # or IPv6
-SMTP_PORT = int(setting("SMTP_PORT", "1025", PORT))
-SMTP_USERNAME = setting("SMTP_USERNAME", "", "[ -~]*")   # ASCII, as smtplib asks
-SMTP_PASSWORD = setting("SMTP_PASSWORD", "", "[ -~]*")
-SMTP_TLS = setting("SMTP_TLS", "none", "none|starttls|tls")
-MAIL_FROM = setting("MAIL_FROM", None,   # Ann <ann@example.com>, or without the name
-                    f'{ADDRESS}|("[^"]*"|[^",;:<>@]*) <{ADDRESS}>')
-LOG_LEVEL = setting(
-    "LOG_LEVEL", "INFO", "(?i)debug|info|warning|error|critical").upper()
+BROKER_URL = setting("BROKER_URL", None, amqp_urls, "is no AMQP URL")
+SMTP_HOST = setting("SMTP_HOST", "localhost",
+                    lambda text: text.encode("idna"), "is no host name")
+SMTP_PORT = number("SMTP_PORT", "1025", 1, 65535)
+SMTP_USERNAME = setting("SMTP_USERNAME", "", ascii_text, "must be ASCII")
+SMTP_PASSWORD = setting("SMTP_PASSWORD", "", ascii_text, "must be ASCII")
+SMTP_TLS = setting("SMTP_TLS", "none", ["none", "starttls", "tls"].index,
+                   "must be none, starttls or tls")
+MAIL_FROM = setting("MAIL_FROM", None, one_address,
+                    'must be an address, Name <address> or "Name, Inc." <address>')
+LOG_LEVEL = setting("LOG_LEVEL", "INFO", logging.getLogger().setLevel,
+                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
-NAME, SENDER = parseaddr(MAIL_FROM)
-SMTP_GREETING = 20    # seconds for the connection and the mail server's greeting
-SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute to reply 250
-HEARTBEAT = 5         # seconds; a consumer that misses two loses its jobs to others
-RETRY_DELAY = 3       # seconds until a job is tried again, at the earliest
-PREFETCH = 1000       # unsettled jobs, including those that wait for a retry
+[(NAME, SENDER)] = getaddresses([MAIL_FROM])
+DOMAIN = SENDER.rpartition("@")[2]
+SMTP_GREETING = 10    # seconds for each address of the mail server, and its greeting
+SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute
+RETRY_DELAY = 3       # seconds
+REFUSALS = 5          # one after the other; then a new session
+HEARTBEAT = 60        # seconds; RabbitMQ gives the job of a consumer that misses two to
+                      # another one
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
 log = logging.getLogger("consumer")
 
-# -- Topology: service.py has the same lines -------------------------------------------
+# -- The queues: service.py has the same lines for the first one -----------------------
 
-DEAD_QUEUE = Queue("mail.dead", queue_arguments={   # jobs that could not be mailed
-    "x-queue-type": "quorum",               # on disk, replicated in a cluster
-    "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
-    "x-max-length": 10_000})                # drops the oldest beyond that
-MAIL_QUEUE = Queue("mail", queue_arguments={
-    "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
-    "x-delivery-limit": 1_000_000,          # none, in effect: each job has a deadline
-    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
+MAIL_QUEUE = Queue("registration.mail", queue_arguments={
+    "x-queue-type": "quorum",                                 # on disk, replicated
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
+    "x-dead-letter-exchange": "",                             # a rejected job goes to
+    "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
+    "x-dead-letter-strategy": "at-least-once"})               # until it is there
+
+RETRY_QUEUE = Queue("registration.retry", queue_arguments={
+    "x-queue-type": "quorum", "x-overflow": "reject-publish",
+    "x-message-ttl": 1000 * RETRY_DELAY,                      # milliseconds; then back
+    "x-dead-letter-exchange": "",
+    "x-dead-letter-routing-key": "registration.mail",
+    "x-dead-letter-strategy": "at-least-once"})
 
 # -- The three mails -------------------------------------------------------------------
 
@@ -121,134 +143,127 @@ Welcome! This address is confirmed, and your account is active."""),
 }
 
 
-def build(job, message_id):
-    """The mail of a job, as text and HTML, or any exception if the job is malformed.
+def build(job, job_id):
+    """The mail of a job, or any exception if the job is malformed.
 
     The Message-ID is the job's, so that a mailbox can recognise a second copy.
     """
-    if not re.fullmatch(ADDRESS, job["email"]):
-        raise ValueError("the address is malformed")
-    if not re.fullmatch(JOB_ID, message_id):
-        raise ValueError("the id is malformed")
     subject, text = MAILS[job["template"]]
     issued = time.strftime("%H:%M:%S UTC on %d %B %Y", time.gmtime(job["issued_at"]))
-    text = text.format(
-        **job, issued=issued, lifetime=job["expires_at"] - job["issued_at"])
-    paragraphs = html.escape(text).replace("\n\n", "</p>\n<p>")
-    mail = MIMEMultipart("alternative", boundary=message_id, _subparts=[
-        MIMEText(text), MIMEText(f"<p>{paragraphs}</p>", "html")])
-    mail["From"], mail["To"] = formataddr((NAME, SENDER)), job["email"]
+    mail = MIMEText(text.format(   # a third of the time that EmailMessage takes
+        **job, issued=issued, lifetime=job["expires_at"] - job["issued_at"]))
+    mail["From"] = formataddr((NAME, SENDER))
+    mail["To"] = str(Address(addr_spec=job["email"]))   # an error unless it is one
     mail["Subject"], mail["Date"] = subject, formatdate()
-    mail["Message-ID"] = f"<{message_id}@{SENDER.rpartition('@')[2]}>"
+    mail["Message-ID"] = f"<{job_id}@{DOMAIN}>"
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: auto-responders keep quiet
-    return mail.as_string()   # a third of the time that EmailMessage takes
+    return mail.as_string()
 
 
 # -- One job ---------------------------------------------------------------------------
 
-retries = deque()               # (when, message), not settled yet
-sent = deque(maxlen=PREFETCH)   # ids of the last mails; at most PREFETCH acks are lost
-stopping = False                # set by a signal
+stopping = False   # set by a signal
 
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # otherwise, the broker delivers it again later
+    if not stopping:   # or else, RabbitMQ gives it to another consumer
         outcome, error = process(message)
         settle(message, outcome, error)
 
 
 def process(message):
     """Try to send the mail of a job: (its outcome, the error behind it or None)."""
-    message_id = message.properties.get("message_id")
+    global refusals
     try:
         job = message.payload
-        expires_at, mail = float(job["expires_at"]), build(job, message_id)
-    except Exception as error:   # whatever it is: in mail.dead, somebody can look at it
+        expires_at = float(job["expires_at"])
+        mail = build(job, message.properties["message_id"])
+    except Exception as error:   # whatever it is, it would happen again
         return "unreadable", error
-    if message.delivery_info["redelivered"] and message_id in sent:
-        return "sent-before", None
-    if not time.time() < expires_at:   # NaN counts as expired
+    if time.time() >= expires_at:
         return "expired", None
     try:
-        with heartbeats(message.channel.connection):
-            open_session()
-            if not time.time() < expires_at:   # the mail server took its time
-                return "expired", None
-            send(job["email"], mail)
+        open_session()
+        if time.time() >= expires_at:   # the mail server took its time
+            return "expired", None
+        send(job["email"], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
-        return ("refused" if reply_code(error) >= 500 else "retry"), error
-    except (OSError, ValueError) as error:   # OSError: every exception of smtplib.
-        return "retry", error                # ValueError: an answer that is no Base64
-    sent.append(message_id)
+        code = reply_code(error)
+        refusals += 1
+        if refusals == REFUSALS or code < 400:   # below 400, it is no refusal
+            close_session()
+        return ("refused" if code >= 500 else "retry"), error
+    except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
+        close_session()                      # ValueError: a challenge not in Base64
+        return "retry", error
+    refusals = 0
     return "sent", None
 
 
-LEVELS = {"unreadable": logging.ERROR, "refused": logging.ERROR,
-          "expired": logging.WARNING, "retry": logging.WARNING,
-          "sent": logging.INFO, "sent-before": logging.INFO}
+LEVELS = {"unreadable": logging.ERROR, "expired": logging.WARNING, "sent": logging.INFO,
+          "refused": logging.ERROR, "retry": logging.WARNING}
 
 
 def settle(message, outcome, error=None):
-    """Log the outcome; then ack or reject the job, or keep it for a retry.
+    """Log the outcome, then ack or reject the job.
 
-    Of an error, only class and code are logged: mail servers' replies quote addresses.
+    Of a mail server's reply, only the code is logged: the text may quote an address.
+    Errors without a code, such as a wrong certificate, have a reason.
     """
-    job = message.properties.get("message_id") or "-"
-    log.log(LEVELS[outcome], "event=job job=%s outcome=%s error=%s code=%s",
-            job if re.fullmatch(JOB_ID, job) else "malformed", outcome,
-            type(error).__name__ if error else "-", reply_code(error) or "-")
-    if outcome in ("unreadable", "refused"):
+    job_id, code = message.properties.get("message_id", ""), reply_code(error)
+    reason = str(error) if isinstance(error, OSError) and not code else "-"
+    log.log(LEVELS[outcome], "event=job job=%s outcome=%s error=%s code=%s reason=%s",
+            job_id if job_id.isalnum() else "-", outcome,
+            type(error).__name__ if error else "-", code or "-", json.dumps(reason))
+    if outcome == "retry":
         message.reject()
-    elif outcome == "retry":
-        retries.append((time.monotonic() + RETRY_DELAY, message))
     else:
         message.ack()
 
 
+def reply_code(error):
+    """The mail server's reply code in an exception of smtplib, or None."""
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        [(code, _)] = error.recipients.values()   # each mail has one recipient
+        return code
+    return getattr(error, "smtp_code", None)
+
+
 # -- SMTP ------------------------------------------------------------------------------
 
-smtp = None   # the open session: opening one takes longer than sending a mail
-
-
-def send(email, mail):
-    """Send a mail over the open session. A refusal leaves it open."""
-    try:
-        smtp.sendmail(SENDER, [email], mail)
-    except OSError:
-        reset_session()
-        raise
-
-
-def reset_session():
-    """After an error, keep the session if the server still answers, else close it."""
-    try:
-        smtp.rset()
-    except OSError:
-        close_session()
+smtp = None    # the open session: opening one may take longer than sending a mail
+refusals = 0   # in this session, since the last mail that was accepted
 
 
 def open_session():
-    """Open a session if none is: encrypted and logged in as the settings say."""
-    global smtp
-    if smtp:
+    """Open a session if none is open: encrypted and logged in as the settings say."""
+    global smtp, refusals
+    if smtp and smtp.sock:   # smtplib has closed it after a 421
         return
     tls = ssl.create_default_context()   # verifies certificates
-    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING}
+    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
+              "local_hostname": DOMAIN}   # of a container's name, relays think little
     try:
         session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
                    else smtplib.SMTP(**server))
         session.sock.settimeout(SMTP_TIMEOUT)
-        watch(session.sock)
         if SMTP_TLS == "starttls":
             session.starttls(context=tls)
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
-        session.ehlo_or_helo_if_needed()
-        smtp = session
+        session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
     except (OSError, ValueError):
-        time.sleep(1)   # however many jobs wait, at most one try a second
+        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
         raise
+    smtp, refusals = session, 0
+
+
+def send(email, mail):
+    """Send a mail over the open session."""
+    if refusals:
+        smtp.rset()   # smtplib does not, where the DATA command was refused
+    smtp.sendmail(SENDER, [email], mail)
 
 
 def close_session():
@@ -257,55 +272,6 @@ def close_session():
     if smtp:
         smtp.close()
     smtp = None
-
-
-def reply_code(error):
-    """The reply code that an exception of smtplib carries, or None."""
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        [(code, _)] = error.recipients.values()   # each mail has one recipient
-        return code
-    return getattr(error, "smtp_code", None)
-
-
-# -- Keeping a connection, and giving up a lost one ------------------------------------
-
-
-@contextmanager
-def heartbeats(connection):
-    """Send heartbeats to RabbitMQ in the block, which may take minutes.
-
-    Otherwise, RabbitMQ would give the job to another consumer, and that would mail it,
-    too.
-    """
-    beating = False
-
-    def beat(number, frame):   # the block itself writes nothing to RabbitMQ
-        nonlocal beating
-        if beating:   # the last one is still at it: it holds a lock
-            return
-        beating = True
-        with suppress(OSError):
-            connection.send_heartbeat()
-        beating = False
-
-    signal.signal(signal.SIGALRM, beat)
-    signal.setitimer(signal.ITIMER_REAL, 2, 2)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def watch(sock):
-    """Have the kernel break a connection if the other machine is silent for 4 seconds.
-
-    It asks every second. A server that takes its time has a kernel that answers. Where
-    the network has lost the connection, nobody does.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1),
-                          (socket.TCP_USER_TIMEOUT, 4000)):   # s, s, ms
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 # -- The loop --------------------------------------------------------------------------
@@ -320,37 +286,25 @@ def stop(number, frame):
 def consume(connection):
     """Take jobs until a signal comes or the connection breaks.
 
-    kombu's ConsumerMixin would not end while the broker is down, and it would send one
+    kombu's ConsumerMixin would not end while RabbitMQ is down, and it would send one
     more mail after SIGTERM.
     """
     channel = connection.default_channel
-    DEAD_QUEUE.declare(channel=channel)   # Consumer declares the other one
-    retries.clear()   # the broker delivers them again
+    RETRY_QUEUE.declare(channel=channel)   # Consumer declares the other one
     consumer = Consumer(
         channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
-        # A job that kombu cannot decompress does not reach on_message. Without this,
-        # kombu would raise, and the job would come back again and again.
+        # Without this, a job that kombu cannot decompress would come again and again.
         on_decode_error=lambda message, error: settle(message, "unreadable", error),
-        prefetch_count=PREFETCH)
+        prefetch_count=1)   # the other jobs are for other consumers
     consumer.consume()
     log.info("event=consuming queue=%s", MAIL_QUEUE.name)
     while not stopping:
-        wait(connection)
-    consumer.cancel()   # when this round trip returns, the broker has our acks
-
-
-def wait(connection):
-    """Retry the first job if it is due. Then wait up to a second for the broker."""
-    seconds = 1
-    if retries and retries[0][0] <= time.monotonic():
-        on_message(retries.popleft()[1])
-        seconds = 0   # the next one may be due, too
-    try:
-        connection.drain_events(timeout=seconds)   # calls on_message for a new job
-    except TimeoutError:
-        if seconds:
-            close_session()   # idle: it would grow stale
-    connection.heartbeat_check()
+        try:
+            connection.drain_events(timeout=1)   # calls on_message for a new job
+        except TimeoutError:
+            close_session()   # idle: the mail server would close it anyway
+        connection.heartbeat_check()
+    consumer.cancel()   # when this round trip returns, RabbitMQ has our acks
 
 
 def main():
@@ -360,18 +314,20 @@ def main():
     while not stopping:
         connection = Connection(
             BROKER_URL, heartbeat=HEARTBEAT, connect_timeout=2,
+            # With TLS, kombu fills in the host's name: the certificate must have it.
+            ssl=BROKER_URL.startswith("amqps:") and {"server_hostname": None},
             transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
-            other_hosts = BROKER_URL.count(";")
+            other_hosts = BROKER_URL.count(";")   # kombu counts what follows the first
             connection.ensure_connection(
                 max_retries=other_hosts, interval_start=0, interval_step=0)
-            watch(connection.connection.sock)
             consume(connection)
         except (AMQPError, KombuError, OSError) as error:
-            log.warning("event=outage server=broker error=%s", type(error).__name__)
+            log.warning("event=outage server=broker error=%s reason=%s",
+                        type(error).__name__, json.dumps(str(error)))
             time.sleep(1)
         finally:
-            connection.collect()   # a proper close() would wait for the broker
+            connection.collect()   # close() would wait for RabbitMQ
     log.info("event=stopped")
 
 

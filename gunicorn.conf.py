@@ -1,39 +1,21 @@
 """A bare `gunicorn service:app` is the production set-up."""
 
-import gc
 import json
 import logging
 import os
-import re
 import sys
 import time
-from pathlib import Path
 
-from dotenv import load_dotenv
+from service import LOG_LEVEL, WEB_CONCURRENCY
 
-load_dotenv(Path(__file__).with_name(".env"))
-LOG_LEVEL = (os.environ.get("LOG_LEVEL") or "INFO").upper()
-WEB_CONCURRENCY = os.environ.get("WEB_CONCURRENCY") or str(2 * os.cpu_count() + 1)
-if LOG_LEVEL not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
-    raise SystemExit("LOG_LEVEL is malformed; see .env.example")
-if not re.fullmatch("[1-9][0-9]{0,3}", WEB_CONCURRENCY):
-    raise SystemExit("WEB_CONCURRENCY is malformed; see .env.example")
-
-# Sync workers: each handles one request at a time. While some wait, others hash.
-workers = int(WEB_CONCURRENCY)
-backlog = 100 * os.cpu_count()   # two seconds of work may queue in the kernel
-preload_app = True               # a wrong setting stops the start; memory is shared
+workers = WEB_CONCURRENCY        # each handles one request at a time
+backlog = 50 * os.cpu_count()    # requests that queue in the kernel: a second of work
+preload_app = True               # load once, then fork: a wrong setting stops the start
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
 control_socket_disable = True    # nobody uses it, and it is a file to write
 secure_scheme_headers = {}       # or it refuses requests whose proxies disagree
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # heartbeat files
-
-
-def when_ready(server):
-    """Exempt what was loaded before the fork from garbage collection, which would write
-    to the shared memory and so copy it into each worker."""
-    gc.freeze()
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # in memory
 
 
 class Logfmt(logging.Formatter):

@@ -1,44 +1,48 @@
 """Registration by e-mail: an account becomes active once its owner sends back a code.
 
-    caller -- POST /users/register ---> service.py --> PostgreSQL: a waiting account
+    client -- POST /users/register ---> service.py --> PostgreSQL: a waiting account
                                             +-------> RabbitMQ --> consumer.py --> mail
-    caller -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
+    client -- PATCH /users/activate --> service.py --> PostgreSQL: an active account
                                             +-------> RabbitMQ --> consumer.py --> mail
 
-Run:    gunicorn service:app    sync workers: each handles one request at a time
-Read:   settings, topology, endpoints, errors, then the steps of the endpoints
+Run:    gunicorn service:app    each worker handles one request at a time
+Read:   settings, queue, endpoints, errors, then the steps of the endpoints in order
 Words:  waiting   registered, but its code has not been sent back yet
         job       the message that asks the consumer to send one mail
         notice    the mail to the owner of an active account that is registered again
-        confirm   RabbitMQ's answer that it has a job on disk
 
-Registering publishes the code before COMMIT. Without the confirm, there is no COMMIT.
-If the confirm is lost, COMMIT fails or the worker dies in between, a mail may go out
-whose code does not work. The caller, who got no 202, tries again.
+Registering publishes the job before it commits: no account waits for a code that was
+never mailed. Activating commits before it publishes: no mail announces what may still
+fail. If a server fails, or the worker dies, this is left:
 
-Activating publishes after COMMIT: a mail must not announce what may still fail. If the
-broker fails or the worker dies in between, the account is active, and its owner gets no
-confirmation. If the broker is known to be down, it answers 503 and does nothing.
+    registering, until ...              account      mail              answer
+      RabbitMQ has the job              unchanged    none              503
+      PostgreSQL has committed          unchanged    a code of no use  503
+      we know that it has               waiting      the code works    503
+
+    activating, until ...
+      PostgreSQL has committed          unchanged    none              503
+      we know that it has               active       none              503, then 409
+      RabbitMQ has the job              active       none, see log     200
+
+A worker that dies gives no answer. In all of these cases the client may try again.
 """
 
-import errno
 import hmac
 import ipaddress
 import json
-import math
+import logging
 import os
 import re
 import secrets
 import select
-import socket
-import sys
 import time
 import unicodedata
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg2
-from amqp.exceptions import AMQPError, MessageNacked
 from dotenv import load_dotenv
 from email_validator import validate_email
 from flask import Flask, abort, g, redirect, request, send_file
@@ -46,78 +50,94 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from gunicorn.http.errors import ParseException
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError
+from kombu.utils.url import parse_url
 from nacl import pwhash
-from nacl._sodium import ffi
-from nacl.exceptions import CryptoError, InvalidkeyError
+from nacl.exceptions import InvalidkeyError
 from psycopg2.errors import QueryCanceled
-from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
+from psycopg2.extensions import POLL_OK, POLL_READ, parse_dsn, set_wait_callback
 from psycopg2.extras import NamedTupleCursor
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None, pattern=".+"):
-    """The text of an environment variable. It must match the regular expression."""
+def setting(name, default=None, check=str.encode, problem="is not UTF-8"):
+    """The text of an environment variable. The program ends if check(text) raises."""
     text = os.environ.get(name) or default
-    if text is None or not re.fullmatch(pattern, text) or re.search(NOT_UTF8, text):
-        raise SystemExit(f"{name} is missing or malformed; see .env.example")
+    if text is None:
+        raise SystemExit(f"{name} is missing; see .env.example")
+    try:
+        check(text)
+    except Exception:   # without its message, which may quote a password
+        raise SystemExit(f"{name} {problem}; see .env.example") from None
     return text
 
 
-NOT_UTF8 = "[\ud800-\udfff]"   # what Python makes of other bytes
-NUMBER = "[0-9]{1,9}"
-PORT = ("(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}"
-        "|[1-9][0-9]{0,3})")
-HOST = r"([0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*\.?)"
-# user:password@host:port. In a password, / ? # @ ; and % are to be percent-encoded.
-SERVER = rf"((%[0-9A-Fa-f]{{2}}|[^%/?#@;])*@)?(\[[^]]+\]|{HOST})?(:{PORT})?"
-AMQP = f"amqps?://{SERVER}(/[^#@;]*)?"
+def number(name, default, least, most):
+    """The whole number in an environment variable, from least to most."""
+    return int(setting(
+        name, default, lambda text: range(least, most + 1).index(int(text)),
+        f"must be a number from {least} to {most}"))
+
+
+def postgresql_url(text):
+    """Raise an error unless libpq can use it, and does not find a part of the password in
+    it as host or database: "@" and "/" must be URL-encoded."""
+    parts = parse_dsn(text)
+    if "@" in "".join(parts.get(part, "") for part in ("host", "port", "dbname")):
+        raise ValueError
+
+
+def amqp_urls(text):
+    """Raise an error unless it is one AMQP URL, or several with ";" between them."""
+    for url in text.split(";"):
+        ["amqp", "amqps"].index(parse_url(url)["transport"])
+
 
 load_dotenv()
-DATABASE_URL = setting("DATABASE_URL", None,
-                       f"postgres(ql)?://{SERVER}(,{SERVER})*([/?].+)?")
-BROKER_URL = setting("BROKER_URL", None, f"{AMQP}(;{AMQP})*")   # one or several hosts
-SECRET_KEY = setting("SECRET_KEY", None, ".{32,}")
-CODE_LIFETIME = int(setting("CODE_LIFETIME", "60", "[1-9][0-9]{0,4}"))    # seconds
-CODE_ATTEMPTS = int(setting("CODE_ATTEMPTS", "3", "[1-9][0-9]{0,3}"))     # wrong codes
-# Requests per address and hour or day, and per client and endpoint.
-EMAIL_LIMIT_HOUR = int(setting("EMAIL_LIMIT_HOUR", "5", NUMBER))          # register
-EMAIL_LIMIT_DAY = int(setting("EMAIL_LIMIT_DAY", "20", NUMBER))           # register
-ACTIVATE_LIMIT_HOUR = int(setting("ACTIVATE_LIMIT_HOUR", "100", NUMBER))  # activate
-IP_LIMIT = int(setting("IP_LIMIT", "60", NUMBER))                         # in IP_WINDOW
-TRUSTED_PROXIES = int(setting("TRUSTED_PROXIES", "0", "[0-9]"))   # in front of gunicorn
+DATABASE_URL = setting("DATABASE_URL", None, postgresql_url, "is no PostgreSQL URL")
+BROKER_URL = setting("BROKER_URL", None, amqp_urls, "is no AMQP URL")
+SECRET_KEY = setting("SECRET_KEY", None, lambda text: text.encode()[31],
+                     "must have 32 characters or more")
+CODE_LIFETIME = number("CODE_LIFETIME", "60", 1, 86400)                # seconds
+CODE_ATTEMPTS = number("CODE_ATTEMPTS", "3", 1, 9999)                  # wrong codes
+# Requests for an address, in an hour or a day.
+EMAIL_LIMIT_HOUR = number("EMAIL_LIMIT_HOUR", "5", 0, 10**9)           # register
+EMAIL_LIMIT_DAY = number("EMAIL_LIMIT_DAY", "20", 0, 10**9)            # register
+ACTIVATE_LIMIT_HOUR = number("ACTIVATE_LIMIT_HOUR", "100", 0, 10**9)   # activate
+# Of a client: requests to each endpoint in IP_WINDOW, failed activations in an hour.
+IP_LIMIT = number("IP_LIMIT", "60", 0, 10**9)
+FAILURE_LIMIT_HOUR = number("FAILURE_LIMIT_HOUR", "20", 0, 10**9)
+TRUSTED_PROXIES = number("TRUSTED_PROXIES", "0", 0, 9)                 # before gunicorn
+LOG_LEVEL = setting("LOG_LEVEL", "INFO", logging.getLogger().setLevel,
+                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+# gunicorn's workers. Each has a connection to PostgreSQL, which allows 100 by default.
+WEB_CONCURRENCY = number(
+    "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 
 MAX_BODY = 4096           # bytes
-TIMEOUT = 1               # seconds to wait for each answer of PostgreSQL and RabbitMQ
-MAX_QUEUED = 2            # seconds that a request may wait for a worker
+REQUEST_TIMEOUT = 2       # seconds that a request may wait for PostgreSQL and RabbitMQ
+SLOW = 0.3                # seconds; a slower server is left alone for the next second
+BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
-# Seconds, sent with each 503. That request may count against IP_LIMIT. A client that
-# waits this long between its tries stays within it.
-RETRY_AFTER = math.ceil(IP_WINDOW / max(1, IP_LIMIT))
+RETRY_AFTER = 10          # seconds, sent with each 503
 
-# -- Topology: consumer.py has the same lines ------------------------------------------
+# -- The queue: consumer.py has the same lines -----------------------------------------
 
-DEAD_QUEUE = Queue("mail.dead", queue_arguments={   # jobs that could not be mailed
-    "x-queue-type": "quorum",               # on disk, replicated in a cluster
-    "x-message-ttl": 7 * 24 * 3600 * 1000,  # milliseconds: a week to look at them
-    "x-max-length": 10_000})                # drops the oldest beyond that
-MAIL_QUEUE = Queue("mail", queue_arguments={
-    "x-queue-type": "quorum",
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: a nack
-    "x-delivery-limit": 1_000_000,          # none, in effect: each job has a deadline
-    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": DEAD_QUEUE.name})
+MAIL_QUEUE = Queue("registration.mail", queue_arguments={
+    "x-queue-type": "quorum",                                 # on disk, replicated
+    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
+    "x-dead-letter-exchange": "",                             # a rejected job goes to
+    "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
+    "x-dead-letter-strategy": "at-least-once"})               # until it is there
 
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
-# Werkzeug truncates a chunked body to this length. With one byte more than we take,
-# read_fields() sees that it was too long.
-app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
-app.url_map.merge_slashes = False   # Werkzeug would redirect to the caller's own Host
-# The edge (nginx) keeps this page for everybody. By default, the caller's Host would be
-# in it.
+app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+# Neither a redirect nor the page may name the Host that a client has made up.
+app.url_map.merge_slashes = False
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
 
@@ -132,19 +152,20 @@ def register():
     400  not JSON      413  over 4 KiB      415  not application/json
     422  a field is missing or not acceptable: see errors
     429  too many requests from this client or for this address
-    503  a server is unavailable, or there is too much to do or no memory: try again
+    503  a server does not answer, or there is too much to do: try again
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
-    if is_address(password, email):
+    if password.lower() in (email, email.partition("@")[0]):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
-    shed()
-    connect()
+    # The hash costs most: what may refuse the client comes before it.
+    open_database()
+    open_broker()
     tidy()
-    count_request("register client", client(), IP_LIMIT, IP_WINDOW)
+    count_request("register client", client(), IP_LIMIT, IP_WINDOW)   # commits at once
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    # Even in autocommit mode, psycopg2 sends BEGIN here and COMMIT at the end. After an
-    # exception it sends ROLLBACK, which takes back what was counted for the address.
+    # BEGIN here and COMMIT at the end. After an exception there is a ROLLBACK instead,
+    # which takes back what was counted for the address.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
@@ -164,38 +185,48 @@ def activate():
 
     200  the account is active; a confirmation is mailed
     400  not JSON      413  over 4 KiB      415  not application/json
-    401  no, malformed or wrong credentials, or no such account
+    401  no credentials, or malformed ones
+    403  one answer for all of these: there is no such account, the password or the code
+         is wrong, or the code is expired, superseded or used up
     409  the credentials are right and the account is already active
-    422  not four digits: see errors; or the code is wrong, expired, superseded, used up
-    429  too many requests from this client or for this address
+    422  the code is not four digits: see errors
+    429  too many requests or failures of this client, or requests for this address
     503  as above: try again; a 409 then means that the first request activated it
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
-    shed()
-    connect()
+    open_database()
     tidy()
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
-    account = select_account(email)
-    if not password_matches(account, password):
-        abort(401, "The address or the password is wrong.")
-    if account.activated_at:
-        abort(409, "The account is already active.")
-    # Not in `with db:`, so the attempt is committed before abort() raises. A ROLLBACK
-    # would forget it, and CODE_ATTEMPTS would limit nothing.
-    if not spend_attempt(account, digest(email, code)):
-        abort(422, "The code is wrong, expired, superseded or used up.")
-    mail_confirmation(email)
+    with db:
+        # Counting 0 locks the client's row until COMMIT. So guesses sent at the same time
+        # wait for each other, and cannot get past the limit together.
+        count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, count=0)
+        account = select_account(email)
+        authenticated = password_matches(account, password)
+        if authenticated and account.activated_at:
+            abort(409, "The account is already active.")
+        activated = authenticated and spend_attempt(account, digest(email, code))
+        if not activated:
+            count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
+    # Not in `with db:`, so attempt and failure are committed before abort() raises. A
+    # ROLLBACK would forget them, and nobody's guesses would be limited.
+    if not activated:
+        abort(403, WRONG)
+    publish_confirmation(email)
     return {"message": "The account is active."}
 
 
 @app.get("/healthz")
 def healthz():
     """200 if both servers answer, else 503 naming the one that does not."""
-    connect()
+    open_database()
+    tidy()   # so a service that nobody uses forgets, too
     execute("SELECT 1")
-    MAIL_QUEUE.declare(channel=producer.channel)   # a round trip to the broker
+    open_broker()
+    with broker_errors():
+        MAIL_QUEUE.declare(channel=producer.channel)   # a round trip
     return {"database": "ok", "broker": "ok"}
 
 
@@ -213,15 +244,15 @@ def docs():
 
 # -- Every error of the app leaves here, as problem details (RFC 9457) -----------------
 
+WRONG = "The address, the password or the code is wrong, or the code works no more."
+
 
 @app.errorhandler(HTTPException)
 def problem(error):
     """The HTTPException as problem+json. A list as its description becomes errors."""
-    if error.code == 500:
-        disconnect()   # a bug: the state of the connections is unknown
     body = {"title": error.name, "status": error.code, "detail": error.description}
     if isinstance(error.description, list):
-        body["detail"] = "Some fields are not acceptable."
+        body["detail"] = "Some fields are invalid."
         body["errors"] = error.description
     response = error.get_response()   # it carries Allow and Retry-After
     response.data = json.dumps(body) + "\n"
@@ -231,22 +262,24 @@ def problem(error):
     return response
 
 
-@app.before_request
-def begin():
-    """Record the start time, for the log and for log_outage()."""
-    g.began = time.monotonic()
+@app.errorhandler(psycopg2.Error)
+@app.errorhandler(KombuError)
+def outage(error):
+    """A 503. Nothing is tried again here: what got no answer may have taken effect."""
+    # After a failure in `with db:`, the ROLLBACK may fail as well, and raises instead.
+    cause = error.__context__ or error
+    server = "broker" if KombuError in (type(error), type(cause)) else "database"
+    log_outage(server, cause)
+    return problem(ServiceUnavailable(f"The {server} is temporarily unavailable.",
+                                      retry_after=RETRY_AFTER))
 
 
-@app.after_request
-def finish(response):
-    """Keep answers out of caches. Log the request without path, query and headers."""
-    if request.path.startswith("/users/"):
-        response.headers["Cache-Control"] = "no-store"
-    app.logger.info(
-        "event=request client=%s method=%s route=%s status=%s job=%s ms=%.0f",
-        caller() or "unknown", request.method, request.url_rule or "-",
-        response.status_code, g.get("job", "-"), 1000 * (time.monotonic() - g.began))
-    return response
+def log_outage(server, error):
+    """One line. Of the error's text only the first line: the others may quote a row."""
+    app.logger.warning(
+        "event=outage server=%s error=%s reason=%s job=%s", server,
+        type(error).__name__, json.dumps(str(error).partition("\n")[0]),
+        g.get("job", "-"))
 
 
 # -- Reading the request ---------------------------------------------------------------
@@ -265,14 +298,10 @@ def read_fields(**checks):
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        content = request.get_data()
-        if len(content) > MAX_BODY:
-            abort(413)
-        body = json.loads(content.decode(), object_pairs_hook=unique_keys,
-                          parse_constant=no_constant)
-    except (ValueError, RecursionError, ParseException) as error:
-        # gunicorn raises ParseException for a malformed chunk.
-        abort(400, f"The body cannot be read as JSON: {error}")
+        body = json.loads(request.get_data().decode())   # UTF-8, by RFC 8259
+    except (ValueError, RecursionError, ParseException):
+        # Not JSON; too deeply nested; a malformed chunk, for which gunicorn raises it.
+        abort(400, "The body cannot be read as JSON.")
     values, errors = [], []
     for field, check in checks.items():
         text = body.get(field) if isinstance(body, dict) else None
@@ -283,18 +312,6 @@ def read_fields(**checks):
     if errors:
         abort(422, errors)
     return values
-
-
-def unique_keys(pairs):
-    """A JSON object. RFC 8259 leaves duplicate keys undefined, so they are refused."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("duplicate key")
-    return dict(pairs)
-
-
-def no_constant(name):
-    """Refuse NaN and Infinity, which JSON does not have but Python's json reads."""
-    raise ValueError(name)
 
 
 def canonical_email(text):
@@ -321,13 +338,6 @@ def canonical_password(text):
     return text
 
 
-def is_address(password, email):
-    """Whether the password is the address, however typed, or its local part."""
-    with suppress(ValueError):
-        password = canonical_email(password)
-    return password.lower() in (email, email.partition("@")[0])
-
-
 def four_digits(text):
     """A code. isdigit() would also take the digits of every other script."""
     if not re.fullmatch("[0-9]{4}", text):
@@ -336,161 +346,130 @@ def four_digits(text):
 
 
 def read_credentials():
-    """Address and password from HTTP Basic (RFC 7617), or 401."""
-    with suppress(ValueError):
-        basic = request.authorization
-        if basic and basic.type == "basic":
-            return canonical_email(basic.username), canonical_password(basic.password)
-    abort(401, "The address or the password is wrong.")
+    """Address and password from HTTP Basic (RFC 7617), or 401.
 
-
-def caller():
-    """The caller's IP address, or None if what our proxies say is not one.
-
-    Each proxy appends the address that it sees to X-Forwarded-For. If there are fewer
-    than TRUSTED_PROXIES, it is the address of the last one. Werkzeug's ProxyFix would
-    not do: it finds no address after a quotation mark, which a caller may send.
+    403 if they could not be registered, so no account has them.
     """
-    forwarded = request.headers.get("X-Forwarded-For")
-    hops = forwarded.split(",") if forwarded else []
-    trusted = 0 < TRUSTED_PROXIES <= len(hops)
-    hop = hops[-TRUSTED_PROXIES] if trusted else request.remote_addr
-    with suppress(ValueError):
-        # Without the zone of an IPv6 address, which may be any text.
-        address = ipaddress.ip_address(hop.strip().partition("%")[0])
-        return getattr(address, "ipv4_mapped", None) or address
+    basic = request.authorization
+    if not (basic and basic.type == "basic" and basic.username and basic.password):
+        abort(401, "Send the address and the password as HTTP Basic.")
+    try:
+        return canonical_email(basic.username), canonical_password(basic.password)
+    except ValueError:
+        abort(403, WRONG)
 
 
 def client():
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 address."""
-    if not (address := caller()):
-        return "unknown"   # such clients share a limit
-    prefix = 64 if address.version == 6 else 32
-    return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 address.
+
+    Each proxy appends the address that it sees to X-Forwarded-For, some with the port:
+    203.0.113.7:50123 or [2001:db8::1]:443. Werkzeug's ProxyFix finds none of them after
+    a quotation mark, which a client may send.
+    """
+    forwarded = request.headers.get("X-Forwarded-For", "")
+    hops = [*forwarded.split(","), request.remote_addr]
+    try:
+        hop = hops[-1 - TRUSTED_PROXIES].strip()
+        if "[" in hop or hop.count(":") == 1:
+            hop = urlsplit(f"//{hop}").hostname   # without brackets and port
+        address = ipaddress.ip_address(hop)
+    except (IndexError, ValueError):
+        return "unknown"   # such clients share their limits
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
-# -- The worker's two connections ------------------------------------------------------
+# -- Time: how long a request waits for a server, and how long those behind it wait ----
 
-db = producer = None             # connect() opens both, disconnect() drops both
-# After a server has timed out, log_outage() sets its name here, and the instant of
-# time.monotonic() until which connect() answers 503.
-stalled_server, refuse_until = "", 0
-broker = Connection(BROKER_URL, connect_timeout=TIMEOUT, transport_options={
-    "confirm_publish": True, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT})
+slow_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
 
 
-def connect():
-    """Open both connections if one is missing or broken. 503 just after a stall."""
-    global db, producer
-    if time.monotonic() < refuse_until:
-        raise unavailable(stalled_server)
-    if db:
-        # An idle server sends nothing (we ask for no heartbeats), unless it closes the
-        # connection. RabbitMQ also announces alarms. Anything to read: reconnect.
-        unusable, _, _ = select.select([db, broker.connection.sock], [], [], 0)
-        if not unusable:
-            return
-    disconnect()
-    other_hosts = BROKER_URL.count(";")   # kombu counts the tries after the first
-    broker.ensure_connection(
-        max_retries=other_hosts, interval_start=0, interval_step=0)
-    channel = broker.default_channel
-    DEAD_QUEUE.declare(channel=channel)
-    MAIL_QUEUE.declare(channel=channel)
-    producer = Producer(channel)
-    session = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor)
-    session.autocommit = True   # a statement outside of `with db:` commits by itself
-    # PostgreSQL gives up a little sooner than wait_for_database(). Otherwise, a
-    # statement for which nobody waits would keep its locks. A transaction may idle for
-    # three seconds: publish() may wait TIMEOUT two or three times. Every statement
-    # can use an index: the planner is to do so even before it has statistics.
-    session.cursor().execute("""
-        SET statement_timeout = '900ms';
-        SET idle_in_transaction_session_timeout = '3s';
-        SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off
-        """)
-    db = session   # last: it says that both are open
+@app.before_request
+def begin():
+    """Start the clocks of the request."""
+    g.began = time.monotonic()
+    g.deadline = g.began + REQUEST_TIMEOUT
+    g.waited = {"database": 0, "broker": 0}   # seconds
 
 
-def disconnect():
-    """Close both connections, without kombu's close(): it would wait for the broker."""
-    global db, producer
-    if db:
-        db.close()
-    db = producer = None
-    broker.collect()
+def time_left():
+    """Seconds to wait for a server. Past the deadline, enough for a quick ROLLBACK."""
+    return max(0.1, g.deadline - time.monotonic())
+
+
+@contextmanager
+def waiting_for(server):
+    """Add up the time that the request spends in such blocks."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        g.waited[server] += time.monotonic() - began
+
+
+def is_slow(server):
+    """Whether this worker leaves the server alone, so that a request fails at once.
+
+    Otherwise, while a server hangs, each request in the queue of this worker would wait
+    for the time-outs of all those before it.
+    """
+    return time.monotonic() < slow_until[server]
+
+
+@app.after_request
+def finish(response):
+    """Keep answers out of caches. Log the request without path, query and headers."""
+    for server, seconds in g.waited.items():
+        if seconds > SLOW:
+            slow_until[server] = time.monotonic() + 1
+    if request.path.startswith("/users/"):
+        response.headers["Cache-Control"] = "no-store"
+    app.logger.info(
+        "event=request client=%s method=%s route=%s status=%s job=%s ms=%.0f",
+        client(), request.method, request.url_rule or "-", response.status_code,
+        g.get("job", "-"), 1000 * (time.monotonic() - g.began))
+    return response
+
+
+# -- PostgreSQL: the worker's connection -----------------------------------------------
+
+db = None   # opened by the first request, after gunicorn has forked the worker
+
+
+def open_database():
+    """Open the connection if there is none, or if it is broken."""
+    global db
+    if is_slow("database"):
+        raise psycopg2.OperationalError("slow less than a second ago")
+    if db and not db.closed and not has_something_to_say(db):
+        return
+    # With keepalives (seconds), a network that forgets a connection is noticed before a
+    # request needs it. What else a session needs is set for the role, in schema.sql.
+    db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor,
+                          keepalives_idle=30, keepalives_interval=5, keepalives_count=2)
+    db.autocommit = True   # a statement outside of `with db:` commits by itself
+
+
+def has_something_to_say(connection):
+    """Whether there is something to read. From an idle server, that is its farewell."""
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def wait_for_database(session):
-    """psycopg2 calls this to wait for an answer: libpq has no timeout for that."""
+    """psycopg2 calls this to wait for an answer, since libpq has no timeout for that.
+
+    If it raises, psycopg2 closes the connection.
+    """
     while (state := session.poll()) != POLL_OK:
         reading, writing = ([session], []) if state == POLL_READ else ([], [session])
-        if not any(select.select(reading, writing, [], TIMEOUT)):
-            raise psycopg2.OperationalError("no answer in time")
+        with waiting_for("database"):
+            if not any(select.select(reading, writing, [], time_left())):
+                raise psycopg2.OperationalError("no answer in time")
 
 
 set_wait_callback(wait_for_database)
-
-# -- When a server is slow or fails ----------------------------------------------------
-
-
-def shed():
-    """503 if the request has waited for over MAX_QUEUED since its last byte came.
-
-    Otherwise, while servers answer slowly, the workers would only handle requests whose
-    callers have given up.
-    """
-    with suppress(OSError, KeyError):   # a Unix socket, or not gunicorn
-        info = request.environ["gunicorn.socket"].getsockopt(
-            socket.IPPROTO_TCP, socket.TCP_INFO, 56)
-        waited = int.from_bytes(info[52:], sys.byteorder)   # tcpi_last_data_recv, in ms
-        if waited > 1000 * MAX_QUEUED:
-            raise unavailable("service")
-
-
-BROKER_ERRORS = AMQPError, MessageNacked, KombuError, OSError   # OSError: sockets
-FAILURES = psycopg2.Error, *BROKER_ERRORS, CryptoError   # CryptoError: no memory
-
-
-def log_outage(error):
-    """Log which server failed and why. Return the server's name.
-
-    Nothing is tried again here: a statement without an answer may have taken effect.
-
-    A request that took 0.9 seconds or longer has probably run into a timeout, ours or
-    PostgreSQL's statement_timeout. Its worker refuses the next ones for a second.
-    Otherwise, every queued request would wait a second as well.
-    """
-    global stalled_server, refuse_until
-    # If the connection breaks inside `with db:`, its ROLLBACK raises InterfaceError.
-    # What broke it is the cause.
-    cause = error.__context__
-    if isinstance(error, psycopg2.InterfaceError) and isinstance(cause, FAILURES):
-        error = cause
-    server = ("database" if isinstance(error, psycopg2.Error) else
-              "broker" if isinstance(error, BROKER_ERRORS) else "service")
-    if time.monotonic() - g.began >= 0.9:
-        stalled_server, refuse_until = server, time.monotonic() + TIMEOUT
-    reason = json.dumps(str(error).partition("\n")[0])   # further lines may quote rows
-    app.logger.warning("event=outage server=%s error=%s reason=%s job=%s", server,
-                       type(error).__name__, reason, g.get("job", "-"))
-    return server
-
-
-def unavailable(server):
-    """A 503 that names the server."""
-    return ServiceUnavailable(f"The {server} is temporarily unavailable.",
-                              retry_after=RETRY_AFTER)
-
-
-def answer_outage(error):
-    """The 503 after one of FAILURES. The state of the connections is unknown."""
-    disconnect()
-    return problem(unavailable(log_outage(error)))
-
-
-for kind in FAILURES:
-    app.register_error_handler(kind, answer_outage)
 
 # -- Passwords and codes ---------------------------------------------------------------
 
@@ -510,9 +489,6 @@ def password_matches(account, password):
     try:
         return pwhash.verify(password_hash.encode(), password.encode())
     except InvalidkeyError:
-        # PyNaCl raises it for lack of memory, too. libsodium sets EINVAL on a mismatch.
-        if ffi.errno != errno.EINVAL:
-            raise
         return False
 
 
@@ -531,77 +507,59 @@ def execute(statement, **values):
     return cursor
 
 
-# Each deletion goes on where this worker's last one ended. While a backup runs, deleted
-# rows stay in the index, and a scan from its start would pass over all of them.
-limits_deleted_to = users_deleted_to = "epoch"   # 1970, in PostgreSQL
-
-
 def tidy():
-    """In one of 30 requests, delete up to 300 expired limits; in another one, users.
+    """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
-    That is more than the requests add, so no cron job is needed.
+    That is more than the requests add, so no cron job is needed. While a backup runs,
+    PostgreSQL passes over all that was deleted since it began. If that takes too long,
+    nothing is deleted: later requests catch up.
     """
-    global limits_deleted_to, users_deleted_to
-    turn = secrets.randbelow(30)
-    # Seldom from the beginning, for what came in behind us: a backup was restored, or
-    # the database's clock was set back.
-    anew = secrets.randbelow(100) == 0
-    with suppress(QueryCanceled):   # during a backup, the beginning may take too long
-        if turn == 0:
-            limits_deleted_to = delete_limits("epoch" if anew else limits_deleted_to)
-        elif turn == 1:
-            users_deleted_to = delete_users("epoch" if anew else users_deleted_to)
+    if secrets.randbelow(30):
+        return
+    with suppress(QueryCanceled), db:
+        execute("SET LOCAL statement_timeout = '50ms'")
+        # Not WHERE ... IN: PostgreSQL might run the inner SELECT for every row.
+        execute("""
+            DELETE FROM limits
+             WHERE ctid = ANY (ARRAY (
+                   SELECT ctid
+                     FROM limits
+                    WHERE expires_at < now()
+                    ORDER BY expires_at
+                    LIMIT 300
+                      FOR UPDATE SKIP LOCKED))   -- a locked row is in use
+            """)
+        execute("""
+            DELETE FROM users
+             WHERE ctid = ANY (ARRAY (
+                   SELECT ctid
+                     FROM users
+                    WHERE activated_at IS NULL
+                      AND registered_at < now() - interval '1 day'
+                    ORDER BY registered_at
+                    LIMIT 300
+                      FOR UPDATE SKIP LOCKED))
+            """)
 
 
-def delete_limits(start):
-    """Delete windows that are over, from start on. Return the end of the last one."""
-    deleted = execute("""
-        DELETE FROM limits
-         WHERE (name, subject) IN (
-               SELECT name, subject
-                 FROM limits
-                WHERE expires_at BETWEEN %(start)s AND now()
-                ORDER BY expires_at
-                LIMIT 300
-                  FOR UPDATE SKIP LOCKED)   -- a locked row is in use
-        RETURNING expires_at
-        """, start=start)
-    return max((row.expires_at for row in deleted), default=start)
+def count_request(name, subject, allowed, seconds, count=1):
+    """Count a request of a client or for an address in a fixed window, or 429.
 
-
-def delete_users(start):
-    """Delete accounts that have waited for a day, likewise."""
-    deleted = execute("""
-        DELETE FROM users
-         WHERE email IN (
-               SELECT email
-                 FROM users
-                WHERE activated_at IS NULL
-                  AND expires_at < now()   -- CODE_LIFETIME may be longer than a day
-                  AND registered_at BETWEEN %(start)s AND now() - interval '1 day'
-                ORDER BY registered_at
-                LIMIT 300
-                  FOR UPDATE SKIP LOCKED)
-        RETURNING registered_at
-        """, start=start)
-    return max((row.registered_at for row in deleted), default=start)
-
-
-def count_request(name, subject, allowed, seconds):
-    """Count a request of a client or an address in a fixed window, or 429.
-
-    allowed is the number of requests in a window, which lasts so many seconds.
+    allowed is the number of requests in a window, which lasts so many seconds. A count
+    of 0 only asks whether one more is allowed.
     """
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
-        VALUES (%(name)s, %(subject)s, 1, now() + %(seconds)s * interval '1 second')
+        VALUES (%(name)s, %(subject)s, %(count)s,
+                now() + %(seconds)s * interval '1 second')
             ON CONFLICT (name, subject) DO UPDATE
-           SET count = CASE WHEN old.expires_at > now() THEN old.count + 1 ELSE 1 END,
+           SET count = CASE WHEN old.expires_at > now() THEN old.count ELSE 0 END
+                       + excluded.count,
                expires_at = CASE WHEN old.expires_at > now() THEN old.expires_at
                                  ELSE excluded.expires_at END
         RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
-        """, name=name, subject=subject, seconds=seconds).fetchone()
-    if limit.count > allowed:
+        """, name=name, subject=subject, count=count, seconds=seconds).fetchone()
+    if limit.count - count >= allowed:
         abort(429, "Too many requests for this address or from this client.",
               retry_after=limit.wait)
 
@@ -654,28 +612,68 @@ def spend_attempt(account, code_digest):
     return bool(row and row.activated_at)
 
 
-# -- Publishing ------------------------------------------------------------------------
+# -- RabbitMQ: the worker's connection, and publishing ---------------------------------
+
+broker = Connection(
+    BROKER_URL, connect_timeout=BROKER_TIMEOUT,
+    # With TLS, kombu fills in the host's name: the certificate must have it.
+    ssl=BROKER_URL.startswith("amqps:") and {"server_hostname": None},
+    transport_options={"confirm_publish": True, "read_timeout": BROKER_TIMEOUT,
+                       "write_timeout": BROKER_TIMEOUT})
+producer = None   # set while the connection is open
+
+
+def open_broker():
+    """Open the connection if there is none, or if it is broken."""
+    global producer
+    with broker_errors():
+        if producer and not has_something_to_say(broker.connection.sock):
+            return
+        broker.collect()
+        other_hosts = BROKER_URL.count(";")   # kombu counts what follows the first
+        broker.ensure_connection(
+            max_retries=other_hosts, interval_start=0, interval_step=0)
+        MAIL_QUEUE.declare(channel=broker.default_channel)
+        producer = Producer(broker.default_channel)
+
+
+@contextmanager
+def broker_errors():
+    """Whatever goes wrong in the block becomes a KombuError, and the connection is over:
+    a late answer to this job would be taken for the answer to the next."""
+    global producer
+    if is_slow("broker"):
+        raise KombuError("slow less than a second ago")
+    try:
+        with waiting_for("broker"):
+            yield
+    except Exception as error:   # kombu and amqp have no class for all of theirs
+        broker.collect()   # close() would wait for RabbitMQ
+        producer = None
+        raise KombuError(f"{type(error).__name__}: {error}") from error
 
 
 def publish(template, email, issued_at, lifetime, **fields):
-    """Hand a mail job to the broker and wait for the publisher confirm.
+    """Hand a mail job to RabbitMQ, and wait until it has the job on disk.
 
-    issued_at is in seconds since 1970, lifetime in seconds. Past it, the consumer that
-    holds the job drops it. If none does, the broker moves it to mail.dead.
-    Mandatory: if the queue is missing, publishing fails instead of losing the job.
+    issued_at is in seconds since 1970, lifetime in seconds: the consumer sends nothing
+    after that. Mandatory: if the queue is missing, publishing fails.
     """
     g.job = secrets.token_hex(16)
-    producer.publish(
-        {"template": template, "email": email, "issued_at": issued_at,
-         "expires_at": issued_at + lifetime, **fields},
-        routing_key=MAIL_QUEUE.name, message_id=g.job, expiration=lifetime,
-        mandatory=True, timeout=TIMEOUT, confirm_timeout=TIMEOUT)
+    with broker_errors():
+        producer.publish(
+            {"template": template, "email": email, "issued_at": issued_at,
+             "expires_at": issued_at + lifetime, **fields},
+            routing_key=MAIL_QUEUE.name, message_id=g.job, mandatory=True,
+            timeout=time_left(), confirm_timeout=time_left())
+    g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT gets time of its own
 
 
-def mail_confirmation(email):
-    """Publish the confirmation, or log that it failed: the account is active anyway."""
+def publish_confirmation(email):
+    """Publish the confirmation, or log that it is missing: the account is active."""
+    g.deadline = time.monotonic() + 1   # RabbitMQ costs an activation a second at most
     try:
+        open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)
-    except BROKER_ERRORS as error:
-        log_outage(error)
-        disconnect()
+    except KombuError as error:
+        log_outage("broker", error)

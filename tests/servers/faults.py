@@ -123,7 +123,7 @@ def full(rabbitmq, vhost="/", jobs=1):
     A policy lowers the limit that the queue was declared with: the lower one counts.
     """
     limit = json.dumps({"max-length": jobs})
-    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^mail$", limit)
+    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^registration.mail$", limit)
     try:
         yield
     finally:

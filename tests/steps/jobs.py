@@ -16,7 +16,7 @@ from kombu import Connection
 from steps import fresh_email, wait_until
 from steps.logs import events
 
-MAIL, DEAD = "mail", "mail.dead"
+MAIL, RETRY = "registration.mail", "registration.retry"
 
 
 # -- The queues ------------------------------------------------------------------------
@@ -91,13 +91,13 @@ def consumers_of(broker):
 
 def purge(broker):
     with channel_to(broker) as channel:
-        for queue in MAIL, DEAD:
+        for queue in MAIL, RETRY:
             channel.queue_purge(queue)
 
 
 def delete_queues(broker):
     with channel_to(broker) as channel:
-        for queue in MAIL, DEAD:
+        for queue in MAIL, RETRY:
             channel.queue_delete(queue)
 
 

@@ -30,6 +30,7 @@ import smtplib
 import ssl
 import sys
 import time
+from contextlib import suppress
 from email.headerregistry import Address
 from email.mime.text import MIMEText
 from email.utils import formataddr, formatdate, getaddresses
@@ -43,55 +44,48 @@ from kombu.utils.url import parse_url
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None, check=str.encode, problem="is not UTF-8"):
-    """The text of an environment variable. The program ends if check(text) raises."""
+def setting(name, accept, problem, default=None):
+    """The text of an environment variable. The program ends unless accept(text)."""
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    try:
-        check(text)
-    except Exception:   # without its message, which may quote a password
-        raise SystemExit(f"{name} {problem}; see .env.example") from None
-    return text
+    with suppress(Exception):   # of a parser; its message may quote a password
+        if accept(text):
+            return text
+    raise SystemExit(f"{name} {problem}; see .env.example")
 
 
 def number(name, default, least, most):
     """The whole number in an environment variable, from least to most."""
-    return int(setting(
-        name, default, lambda text: range(least, most + 1).index(int(text)),
-        f"must be a number from {least} to {most}"))
-
-
-def amqp_urls(text):
-    """Raise an error unless it is one AMQP URL, or several with ";" between them."""
-    for url in text.split(";"):
-        ["amqp", "amqps"].index(parse_url(url)["transport"])
-
-
-def ascii_text(text):
-    """Raise an error unless smtplib can send it."""
-    text.encode("ascii")
+    return int(setting(name, lambda text: least <= int(text) <= most,
+                       f"must be a number from {least} to {most}", default))
 
 
 def one_address(text):
-    """Raise an error unless it is one address, with or without a name."""
+    """Whether it is one address, with or without a name."""
     [(name, address)] = getaddresses([text])
-    formataddr((name, str(Address(addr_spec=address))))
+    return formataddr((name, str(Address(addr_spec=address))))
+
+
+def amqp_urls(text):
+    """Whether it is one AMQP URL, or several with ";" between them."""
+    schemes = {parse_url(url)["transport"] for url in text.split(";")}
+    return schemes <= {"amqp", "amqps"}
 
 
 load_dotenv()
-BROKER_URL = setting("BROKER_URL", None, amqp_urls, "is no AMQP URL")
-SMTP_HOST = setting("SMTP_HOST", "localhost",
-                    lambda text: text.encode("idna"), "is no host name")
+BROKER_URL = setting("BROKER_URL", amqp_urls, "is no AMQP URL")
+SMTP_HOST = setting("SMTP_HOST", lambda text: text.encode("idna"), "is no host name",
+                    "localhost")
 SMTP_PORT = number("SMTP_PORT", "1025", 1, 65535)
-SMTP_USERNAME = setting("SMTP_USERNAME", "", ascii_text, "must be ASCII")
-SMTP_PASSWORD = setting("SMTP_PASSWORD", "", ascii_text, "must be ASCII")
-SMTP_TLS = setting("SMTP_TLS", "none", ["none", "starttls", "tls"].index,
-                   "must be none, starttls or tls")
-MAIL_FROM = setting("MAIL_FROM", None, one_address,
+SMTP_USERNAME = setting("SMTP_USERNAME", str.isascii, "must be ASCII", "")
+SMTP_PASSWORD = setting("SMTP_PASSWORD", str.isascii, "must be ASCII", "")
+SMTP_TLS = setting("SMTP_TLS", lambda text: text in ("none", "starttls", "tls"),
+                   "must be none, starttls or tls", "none")
+MAIL_FROM = setting("MAIL_FROM", one_address,
                     'must be an address, Name <address> or "Name, Inc." <address>')
-LOG_LEVEL = setting("LOG_LEVEL", "INFO", logging.getLogger().setLevel,
-                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
+                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO")
 
 [(NAME, SENDER)] = getaddresses([MAIL_FROM])
 DOMAIN = SENDER.rpartition("@")[2]

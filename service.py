@@ -61,43 +61,40 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, default=None, check=str.encode, problem="is not UTF-8"):
-    """The text of an environment variable. The program ends if check(text) raises."""
+def setting(name, accept, problem, default=None):
+    """The text of an environment variable. The program ends unless accept(text)."""
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    try:
-        check(text)
-    except Exception:   # without its message, which may quote a password
-        raise SystemExit(f"{name} {problem}; see .env.example") from None
-    return text
+    with suppress(Exception):   # of a parser; its message may quote a password
+        if accept(text):
+            return text
+    raise SystemExit(f"{name} {problem}; see .env.example")
 
 
 def number(name, default, least, most):
     """The whole number in an environment variable, from least to most."""
-    return int(setting(
-        name, default, lambda text: range(least, most + 1).index(int(text)),
-        f"must be a number from {least} to {most}"))
+    return int(setting(name, lambda text: least <= int(text) <= most,
+                       f"must be a number from {least} to {most}", default))
 
 
 def postgresql_url(text):
-    """Raise an error unless libpq can use it, and does not find a part of the password in
-    it as host or database: "@" and "/" must be URL-encoded."""
+    """Whether libpq can use it, and finds no part of the password in the host or in the
+    database, as it does if "@" or "/" is not URL-encoded."""
     parts = parse_dsn(text)
-    if "@" in "".join(parts.get(part, "") for part in ("host", "port", "dbname")):
-        raise ValueError
+    return "@" not in "".join(parts.get(key, "") for key in ("host", "port", "dbname"))
 
 
 def amqp_urls(text):
-    """Raise an error unless it is one AMQP URL, or several with ";" between them."""
-    for url in text.split(";"):
-        ["amqp", "amqps"].index(parse_url(url)["transport"])
+    """Whether it is one AMQP URL, or several with ";" between them."""
+    schemes = {parse_url(url)["transport"] for url in text.split(";")}
+    return schemes <= {"amqp", "amqps"}
 
 
 load_dotenv()
-DATABASE_URL = setting("DATABASE_URL", None, postgresql_url, "is no PostgreSQL URL")
-BROKER_URL = setting("BROKER_URL", None, amqp_urls, "is no AMQP URL")
-SECRET_KEY = setting("SECRET_KEY", None, lambda text: text.encode()[31],
+DATABASE_URL = setting("DATABASE_URL", postgresql_url, "is no PostgreSQL URL")
+BROKER_URL = setting("BROKER_URL", amqp_urls, "is no AMQP URL")
+SECRET_KEY = setting("SECRET_KEY", lambda text: len(text.encode()) >= 32,
                      "must have 32 characters or more")
 CODE_LIFETIME = number("CODE_LIFETIME", "60", 1, 86400)                # seconds
 CODE_ATTEMPTS = number("CODE_ATTEMPTS", "3", 1, 9999)                  # wrong codes
@@ -109,8 +106,8 @@ ACTIVATE_LIMIT_HOUR = number("ACTIVATE_LIMIT_HOUR", "100", 0, 10**9)   # activat
 IP_LIMIT = number("IP_LIMIT", "60", 0, 10**9)
 FAILURE_LIMIT_HOUR = number("FAILURE_LIMIT_HOUR", "20", 0, 10**9)
 TRUSTED_PROXIES = number("TRUSTED_PROXIES", "0", 0, 9)                 # before gunicorn
-LOG_LEVEL = setting("LOG_LEVEL", "INFO", logging.getLogger().setLevel,
-                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
+                    "must be DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO")
 # gunicorn's workers. Each has a connection to PostgreSQL, which allows 100 by default.
 WEB_CONCURRENCY = number(
     "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
@@ -200,8 +197,8 @@ def activate():
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     with db:
-        # Counting 0 locks the client's row until COMMIT. So guesses sent at the same time
-        # wait for each other, and cannot get past the limit together.
+        # Counting 0 locks the client's row until COMMIT. So guesses that come together
+        # wait for each other, and cannot get past the limit.
         count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, count=0)
         account = select_account(email)
         authenticated = password_matches(account, password)
@@ -639,8 +636,8 @@ def open_broker():
 
 @contextmanager
 def broker_errors():
-    """Whatever goes wrong in the block becomes a KombuError, and the connection is over:
-    a late answer to this job would be taken for the answer to the next."""
+    """Whatever goes wrong in the block becomes a KombuError. The connection is over: an
+    answer that comes late would be taken for the answer to the next job."""
     global producer
     if is_slow("broker"):
         raise KombuError("slow less than a second ago")

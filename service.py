@@ -241,7 +241,7 @@ def docs():
 
 # -- Every error of the app leaves here, as problem details (RFC 9457) -----------------
 
-WRONG = "The address, the password or the code is wrong, or the code works no more."
+WRONG = "The address, the password or the code is wrong, or the code no longer works."
 
 
 @app.errorhandler(HTTPException)
@@ -440,7 +440,7 @@ def open_database():
     global db
     if is_slow("database"):
         raise psycopg2.OperationalError("slow less than a second ago")
-    if db and not db.closed and not has_something_to_say(db):
+    if db and not db.closed and not is_broken(db):
         return
     # With keepalives (seconds), a network that forgets a connection is noticed before a
     # request needs it. What else a session needs is set for the role, in schema.sql.
@@ -449,8 +449,8 @@ def open_database():
     db.autocommit = True   # a statement outside of `with db:` commits by itself
 
 
-def has_something_to_say(connection):
-    """Whether there is something to read. From an idle server, that is its farewell."""
+def is_broken(connection):
+    """Whether there is something to read. An idle server only speaks to say goodbye."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
@@ -624,7 +624,7 @@ def open_broker():
     """Open the connection if there is none, or if it is broken."""
     global producer
     with broker_errors():
-        if producer and not has_something_to_say(broker.connection.sock):
+        if producer and not is_broken(broker.connection.sock):
             return
         broker.collect()
         other_hosts = BROKER_URL.count(";")   # kombu counts what follows the first

@@ -35,10 +35,8 @@ from email.headerregistry import Address
 from email.mime.text import MIMEText
 from email.utils import formataddr, formatdate, getaddresses
 
-from amqp.exceptions import AMQPError
 from dotenv import load_dotenv
 from kombu import Connection, Consumer, Queue
-from kombu.exceptions import KombuError
 from kombu.utils.url import parse_url
 
 # -- Settings: environment variables; .env fills in what is not set --------------------
@@ -49,7 +47,7 @@ def setting(name, accept, problem, default=None):
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    with suppress(Exception):   # of a parser; its message may quote a password
+    with suppress(Exception):   # a parser's message may quote a password
         if accept(text):
             return text
     raise SystemExit(f"{name} {problem}; see .env.example")
@@ -89,12 +87,12 @@ LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
 
 [(NAME, SENDER)] = getaddresses([MAIL_FROM])
 DOMAIN = SENDER.rpartition("@")[2]
-SMTP_GREETING = 10    # seconds for each address of the mail server, and its greeting
-SMTP_TIMEOUT = 90     # seconds for each answer: a relay may take a minute
+SMTP_GREETING = 10    # seconds to connect and be greeted, for each address of the host
+SMTP_TIMEOUT = 90     # seconds for each other answer: a relay may take a minute
 RETRY_DELAY = 3       # seconds
-REFUSALS = 5          # one after the other; then a new session
-HEARTBEAT = 60        # seconds; RabbitMQ gives the job of a consumer that misses two to
-                      # another one
+REFUSALS = 5          # in a row; then a new session: Postfix slows one down after ten
+HEARTBEAT = 60        # seconds; after two or three of them without a sign of life, a
+                      # consumer's job goes to another one
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -110,7 +108,7 @@ MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-dead-letter-strategy": "at-least-once"})               # until it is there
 
 RETRY_QUEUE = Queue("registration.retry", queue_arguments={
-    "x-queue-type": "quorum", "x-overflow": "reject-publish",
+    "x-queue-type": "quorum", "x-overflow": "reject-publish",  # for at-least-once
     "x-message-ttl": 1000 * RETRY_DELAY,                      # milliseconds; then back
     "x-dead-letter-exchange": "",
     "x-dead-letter-routing-key": "registration.mail",
@@ -161,7 +159,7 @@ stopping = False   # set by a signal
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # or else, RabbitMQ gives it to another consumer
+    if not stopping:   # else it stays unsettled: RabbitMQ gives it to another consumer
         outcome, error = process(message)
         settle(message, outcome, error)
 
@@ -173,7 +171,7 @@ def process(message):
         job = message.payload
         expires_at = float(job["expires_at"])
         mail = build(job, message.properties["message_id"])
-    except Exception as error:   # whatever it is, it would happen again
+    except Exception as error:   # a malformed job stays malformed
         return "unreadable", error
     if time.time() >= expires_at:
         return "expired", None
@@ -190,6 +188,7 @@ def process(message):
         return ("refused" if code >= 500 else "retry"), error
     except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
         close_session()                      # ValueError: a challenge not in Base64
+        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
         return "retry", error
     refusals = 0
     return "sent", None
@@ -237,19 +236,15 @@ def open_session():
         return
     tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
-              "local_hostname": DOMAIN}   # of a container's name, relays think little
-    try:
-        session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
-                   else smtplib.SMTP(**server))
-        session.sock.settimeout(SMTP_TIMEOUT)
-        if SMTP_TLS == "starttls":
-            session.starttls(context=tls)
-        if SMTP_USERNAME:
-            session.login(SMTP_USERNAME, SMTP_PASSWORD)
-        session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
-    except (OSError, ValueError):
-        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
-        raise
+              "local_hostname": DOMAIN}   # for EHLO: relays distrust a container's name
+    session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
+               else smtplib.SMTP(**server))
+    session.sock.settimeout(SMTP_TIMEOUT)
+    if SMTP_TLS == "starttls":
+        session.starttls(context=tls)
+    if SMTP_USERNAME:
+        session.login(SMTP_USERNAME, SMTP_PASSWORD)
+    session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
     smtp, refusals = session, 0
 
 
@@ -316,7 +311,7 @@ def main():
             connection.ensure_connection(
                 max_retries=other_hosts, interval_start=0, interval_step=0)
             consume(connection)
-        except (AMQPError, KombuError, OSError) as error:
+        except Exception as error:   # kombu and amqp have no class for all of theirs
             log.warning("event=outage server=broker error=%s reason=%s",
                         type(error).__name__, json.dumps(str(error)))
             time.sleep(1)

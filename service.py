@@ -11,19 +11,19 @@ Words:  waiting   registered, but its code has not been sent back yet
         job       the message that asks the consumer to send one mail
         notice    the mail to the owner of an active account that is registered again
 
-Registering publishes the job before it commits: no account waits for a code that was
-never mailed. Activating commits before it publishes: no mail announces what may still
-fail. If a server fails, or the worker dies, this is left:
+Registering publishes the job before it commits: no account waits for a code that
+RabbitMQ does not have. Activating commits before it publishes: no mail announces what
+may still fail. If a server fails, or the worker dies, this is left:
 
-    registering, until ...              account      mail              answer
-      RabbitMQ has the job              unchanged    none              503
-      PostgreSQL has committed          unchanged    a code of no use  503
-      we know that it has               waiting      the code works    503
+    registering: what failed            account      mail              answer
+      before RabbitMQ had the job       unchanged    none              503
+      before PostgreSQL committed       unchanged    a code of no use  503
+      the answer to COMMIT was lost     waiting      a code that works 503
 
-    activating, until ...
-      PostgreSQL has committed          unchanged    none              503
-      we know that it has               active       none              503, then 409
-      RabbitMQ has the job              active       none, see log     200
+    activating: what failed
+      before PostgreSQL committed       unchanged    none              503
+      the answer to COMMIT was lost     active       none              503, then 409
+      before RabbitMQ had the job       active       none, see log     200
 
 A worker that dies gives no answer. In all of these cases the client may try again.
 """
@@ -66,7 +66,7 @@ def setting(name, accept, problem, default=None):
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    with suppress(Exception):   # of a parser; its message may quote a password
+    with suppress(Exception):   # a parser's message may quote a password
         if accept(text):
             return text
     raise SystemExit(f"{name} {problem}; see .env.example")
@@ -79,8 +79,8 @@ def number(name, default, least, most):
 
 
 def postgresql_url(text):
-    """Whether libpq can use it, and finds no part of the password in the host or in the
-    database, as it does if "@" or "/" is not URL-encoded."""
+    """Whether libpq can use it. If "@" or "/" is not URL-encoded in the password, libpq
+    takes the rest of it for the host, and the log would show that."""
     parts = parse_dsn(text)
     return "@" not in "".join(parts.get(key, "") for key in ("host", "port", "dbname"))
 
@@ -113,14 +113,14 @@ WEB_CONCURRENCY = number(
     "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 
 MAX_BODY = 4096           # bytes
-REQUEST_TIMEOUT = 2       # seconds that a request may wait for PostgreSQL and RabbitMQ
-SLOW = 0.3                # seconds; a slower server is left alone for the next second
+REQUEST_TIMEOUT = 2       # seconds until a request has its answers, see time_left()
 BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
+SLOW = {"database": 1, "broker": 0.3}   # seconds of one request, see is_slow()
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 RETRY_AFTER = 10          # seconds, sent with each 503
 
-# -- The queue: consumer.py has the same lines -----------------------------------------
+# -- The queue: consumer.py has the same lines, and the queue for retries --------------
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
@@ -133,7 +133,7 @@ MAIL_QUEUE = Queue("registration.mail", queue_arguments={
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-# Neither a redirect nor the page may name the Host that a client has made up.
+# Never build a URL from the Host header: a client can forge it.
 app.url_map.merge_slashes = False
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
@@ -154,11 +154,12 @@ def register():
     email, password = read_fields(email=canonical_email, password=canonical_password)
     if password.lower() in (email, email.partition("@")[0]):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
-    # The hash costs most: what may refuse the client comes before it.
     open_database()
     open_broker()
     tidy()
-    count_request("register client", client(), IP_LIMIT, IP_WINDOW)   # commits at once
+    # The hash costs most, so the client's limit comes before it, and commits at once.
+    # The address's limits come after it, since their rows are locked until COMMIT.
+    count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
     # BEGIN here and COMMIT at the end. After an exception there is a ROLLBACK instead,
@@ -166,9 +167,9 @@ def register():
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
-        waiting = upsert_waiting(email, password_hash, digest(email, code))
-        if waiting:
-            publish("code", email, waiting.issued_at, CODE_LIFETIME, code=code)
+        issued_at = upsert_waiting(email, password_hash, digest(email, code))
+        if issued_at:
+            publish("code", email, issued_at, CODE_LIFETIME, code=code)
         else:
             publish("notice", email, time.time(), NOTICE_LIFETIME)
     return {"message": "A mail is on its way.", "expires_in": CODE_LIFETIME}, 202
@@ -197,16 +198,16 @@ def activate():
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     with db:
-        # Counting 0 locks the client's row until COMMIT. So guesses that come together
-        # wait for each other, and cannot get past the limit.
-        count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, count=0)
+        # A failure, until it turns out to be none. The client's row is locked until the
+        # end, so guesses that come together cannot exceed the limit.
+        count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
         account = select_account(email)
         authenticated = password_matches(account, password)
         if authenticated and account.activated_at:
             abort(409, "The account is already active.")
         activated = authenticated and spend_attempt(account, digest(email, code))
-        if not activated:
-            count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
+        if activated:
+            count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, -1)
     # Not in `with db:`, so attempt and failure are committed before abort() raises. A
     # ROLLBACK would forget them, and nobody's guesses would be limited.
     if not activated:
@@ -263,7 +264,7 @@ def problem(error):
 @app.errorhandler(KombuError)
 def outage(error):
     """A 503. Nothing is tried again here: what got no answer may have taken effect."""
-    # After a failure in `with db:`, the ROLLBACK may fail as well, and raises instead.
+    # After an error in `with db:`, the ROLLBACK may fail, too, and raise another one.
     cause = error.__context__ or error
     server = "broker" if KombuError in (type(error), type(cause)) else "database"
     log_outage(server, cause)
@@ -360,8 +361,8 @@ def client():
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 address.
 
     Each proxy appends the address that it sees to X-Forwarded-For, some with the port:
-    203.0.113.7:50123 or [2001:db8::1]:443. Werkzeug's ProxyFix finds none of them after
-    a quotation mark, which a client may send.
+    203.0.113.7:50123 or [2001:db8::1]:443. (Werkzeug's ProxyFix finds no address after
+    a quotation mark, which a client may send.)
     """
     forwarded = request.headers.get("X-Forwarded-For", "")
     hops = [*forwarded.split(","), request.remote_addr]
@@ -388,29 +389,29 @@ def begin():
     """Start the clocks of the request."""
     g.began = time.monotonic()
     g.deadline = g.began + REQUEST_TIMEOUT
-    g.waited = {"database": 0, "broker": 0}   # seconds
+    g.asked = {"database": 0, "broker": 0}   # seconds
 
 
 def time_left():
-    """Seconds to wait for a server. Past the deadline, enough for a quick ROLLBACK."""
+    """Seconds to wait for an answer. Past the deadline, enough for a quick ROLLBACK."""
     return max(0.1, g.deadline - time.monotonic())
 
 
 @contextmanager
-def waiting_for(server):
-    """Add up the time that the request spends in such blocks."""
+def asking(server):
+    """Add up the seconds that the request spends in such blocks."""
     began = time.monotonic()
     try:
         yield
     finally:
-        g.waited[server] += time.monotonic() - began
+        g.asked[server] += time.monotonic() - began
 
 
 def is_slow(server):
-    """Whether this worker leaves the server alone, so that a request fails at once.
+    """Whether to leave the server alone, for a second after a request was over SLOW.
 
-    Otherwise, while a server hangs, each request in the queue of this worker would wait
-    for the time-outs of all those before it.
+    Otherwise, while a server hangs, the requests that queue for this worker would wait
+    for the time-outs of all those before them.
     """
     return time.monotonic() < slow_until[server]
 
@@ -418,8 +419,8 @@ def is_slow(server):
 @app.after_request
 def finish(response):
     """Keep answers out of caches. Log the request without path, query and headers."""
-    for server, seconds in g.waited.items():
-        if seconds > SLOW:
+    for server, seconds in g.asked.items():
+        if seconds > SLOW[server]:
             slow_until[server] = time.monotonic() + 1
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
@@ -442,26 +443,24 @@ def open_database():
         raise psycopg2.OperationalError("slow less than a second ago")
     if db and not db.closed and not is_broken(db):
         return
-    # With keepalives (seconds), a network that forgets a connection is noticed before a
+    # Keepalives (in seconds) find a connection that the network has forgotten, before a
     # request needs it. What else a session needs is set for the role, in schema.sql.
     db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor,
                           keepalives_idle=30, keepalives_interval=5, keepalives_count=2)
-    db.autocommit = True   # a statement outside of `with db:` commits by itself
+    db.autocommit = True   # but `with db:` is a transaction, since psycopg2 2.9
 
 
 def is_broken(connection):
-    """Whether there is something to read. An idle server only speaks to say goodbye."""
+    """Whether there is something to read: nothing should come on an idle connection."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
 def wait_for_database(session):
-    """psycopg2 calls this to wait for an answer, since libpq has no timeout for that.
-
-    If it raises, psycopg2 closes the connection.
-    """
+    """psycopg2 calls this to wait for an answer: libpq has no time-out for that. If it
+    raises an error, psycopg2 closes the connection."""
     while (state := session.poll()) != POLL_OK:
         reading, writing = ([session], []) if state == POLL_READ else ([], [session])
-        with waiting_for("database"):
+        with asking("database"):
             if not any(select.select(reading, writing, [], time_left())):
                 raise psycopg2.OperationalError("no answer in time")
 
@@ -508,8 +507,8 @@ def tidy():
     """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
     That is more than the requests add, so no cron job is needed. While a backup runs,
-    PostgreSQL passes over all that was deleted since it began. If that takes too long,
-    nothing is deleted: later requests catch up.
+    what is deleted stays in the indexes, and looking for more takes ever longer. After
+    50 ms it gives up: later requests catch up.
     """
     if secrets.randbelow(30):
         return
@@ -543,7 +542,7 @@ def count_request(name, subject, allowed, seconds, count=1):
     """Count a request of a client or for an address in a fixed window, or 429.
 
     allowed is the number of requests in a window, which lasts so many seconds. A count
-    of 0 only asks whether one more is allowed.
+    of -1 takes one back.
     """
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
@@ -556,14 +555,17 @@ def count_request(name, subject, allowed, seconds, count=1):
                                  ELSE excluded.expires_at END
         RETURNING count, ceil(extract(epoch FROM expires_at - now()))::int AS wait
         """, name=name, subject=subject, count=count, seconds=seconds).fetchone()
-    if limit.count - count >= allowed:
+    if limit.count > allowed:
         abort(429, "Too many requests for this address or from this client.",
               retry_after=limit.wait)
 
 
 def upsert_waiting(email, password_hash, code_digest):
-    """Write password and code together. Return None if the account is active."""
-    return execute("""
+    """Write password and code together. Return when, in seconds since 1970.
+
+    If the account is active, WHERE leaves its row alone, and None is returned.
+    """
+    row = execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
         VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
                 now() + %(lifetime)s * interval '1 second')
@@ -577,6 +579,7 @@ def upsert_waiting(email, password_hash, code_digest):
         RETURNING extract(epoch FROM registered_at)::float AS issued_at
         """, email=email, password_hash=password_hash, code_digest=code_digest,
         lifetime=CODE_LIFETIME).fetchone()
+    return row and row.issued_at
 
 
 def select_account(email):
@@ -636,13 +639,13 @@ def open_broker():
 
 @contextmanager
 def broker_errors():
-    """Whatever goes wrong in the block becomes a KombuError. The connection is over: an
-    answer that comes late would be taken for the answer to the next job."""
+    """Whatever goes wrong in the block becomes a KombuError. The connection is dropped:
+    a late answer would be taken for the answer to the next job."""
     global producer
     if is_slow("broker"):
         raise KombuError("slow less than a second ago")
     try:
-        with waiting_for("broker"):
+        with asking("broker"):
             yield
     except Exception as error:   # kombu and amqp have no class for all of theirs
         broker.collect()   # close() would wait for RabbitMQ
@@ -653,8 +656,8 @@ def broker_errors():
 def publish(template, email, issued_at, lifetime, **fields):
     """Hand a mail job to RabbitMQ, and wait until it has the job on disk.
 
-    issued_at is in seconds since 1970, lifetime in seconds: the consumer sends nothing
-    after that. Mandatory: if the queue is missing, publishing fails.
+    issued_at is in seconds since 1970, lifetime in seconds; after it, no mail is sent.
+    Mandatory: if the queue is missing, publishing fails.
     """
     g.job = secrets.token_hex(16)
     with broker_errors():
@@ -668,7 +671,7 @@ def publish(template, email, issued_at, lifetime, **fields):
 
 def publish_confirmation(email):
     """Publish the confirmation, or log that it is missing: the account is active."""
-    g.deadline = time.monotonic() + 1   # RabbitMQ costs an activation a second at most
+    g.deadline = time.monotonic() + 1   # so long an activation waits, if RabbitMQ hangs
     try:
         open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)

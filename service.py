@@ -124,7 +124,7 @@ RETRY_AFTER = 10          # seconds, sent with each 503
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # none: see the deadline
+    "x-delivery-limit": 1_000_000,                            # none, but a deadline
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
     "x-dead-letter-exchange": "",                             # a rejected job goes to
     "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept

@@ -7,6 +7,7 @@ instead; the others need to kill servers, so they always have their own.
 import contextlib
 import json
 import os
+import subprocess
 import uuid
 from types import SimpleNamespace
 
@@ -105,6 +106,34 @@ def strict(servers, settings, service, tmp_path_factory):
         yield api
 
 
+@pytest.fixture(scope="module")
+def rationed(servers, settings, service, tmp_path_factory):
+    """An API behind a proxy that lets a client fail to activate twice in an hour."""
+    with Gunicorn(tmp_path_factory.mktemp("rationed"), settings | {
+            "TRUSTED_PROXIES": "1", "FAILURE_LIMIT_HOUR": "2",
+            "CODE_ATTEMPTS": "1000"}) as api:
+        api.maildev_url = service.maildev_url
+        yield api
+
+
+@pytest.fixture
+def guesses(database):
+    """How many codes were compared since the test began, as guesses().
+
+    The database counts them, in a sequence: no ROLLBACK takes a number back.
+    """
+    database("""
+        CREATE SEQUENCE guesses MINVALUE 0;
+        CREATE FUNCTION count_guess() RETURNS trigger LANGUAGE plpgsql
+            SECURITY DEFINER AS $$    -- the API may not write here
+            BEGIN PERFORM nextval('guesses'); RETURN NULL; END $$;
+        CREATE TRIGGER count_guess AFTER UPDATE ON users
+            FOR EACH ROW WHEN (new.registered_at = old.registered_at)
+            EXECUTE FUNCTION count_guess()""")
+    yield lambda: database("SELECT nextval('guesses')")[0][0]
+    database("DROP FUNCTION count_guess CASCADE; DROP SEQUENCE guesses")
+
+
 # -- Queues, consumers and their mail servers ------------------------------------------
 
 
@@ -151,6 +180,19 @@ def smtp():
     server = SmtpServer(free_port())
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-made certificate for localhost and 127.0.0.2, with its key, as files."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.2",
+         "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem"
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ SECTION = break_it()
 @pytest.fixture
 def compose(servers, service):
     """What a `docker compose` of the section does, by its words."""
-    actions = {"kill worker": service.consumer.kill,
-               "up -d --no-deps worker": service.consumer.start,
+    actions = {"kill consumer": service.consumer.kill,
+               "up -d --no-deps consumer": service.consumer.start,
                "stop maildev": servers.mail_server.stop,
                "start maildev": servers.mail_server.start}
     for name in ("rabbitmq", "postgres"):

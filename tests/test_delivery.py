@@ -5,26 +5,24 @@ import pickle
 import socket
 import threading
 import time
+from email import message_from_bytes
 from itertools import pairwise
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from servers.faults import cut_connections, paused
+from servers.faults import cut_connections, killed, paused
 from servers.process import free_port
 from servers.rabbitmq import RabbitMQ
-from servers.smtp import DROP, SmtpServer
+from servers.smtp import DROP, GARBLED, LOST, SmtpServer
 from servers.system import SENDER
 from steps import fresh_email, register, wait_until
 from steps.jobs import (
-    DEAD,
+    RETRY,
     arrived,
     held_up,
     next_mail_arrives,
     outcomes,
     put,
     put_raw,
-    take,
     waiting_in,
 )
 from steps.logs import events
@@ -35,11 +33,11 @@ from steps.logs import events
 def test_it_sends_nothing_after_the_deadline(mailer, job):
     expired = job | {"email": fresh_email(), "expires_at": time.time() - 1}
 
-    put(mailer.broker, expired)
+    message_id = put(mailer.broker, expired)
 
     assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["expired"]
     assert not mailer.smtp.tries[expired["email"]]
-    assert not waiting_in(mailer.broker, DEAD)
 
 
 def test_it_sends_nothing_that_expired_while_no_consumer_ran(
@@ -88,7 +86,6 @@ def test_it_tries_again_after_trouble_that_may_pass(mailer, job, verb, trouble):
 
     assert len(arrived(mailer.smtp, job["email"])) == 1
     assert not mailer.smtp.replies[verb, whom]
-    assert not waiting_in(mailer.broker, DEAD)
     wait_until(lambda: outcomes(mailer, message_id) == ["retry", "sent"])
 
 
@@ -113,10 +110,10 @@ def test_it_gives_up_at_the_deadline(broker, start_consumer, smtp, job, trouble)
     wait_until(lambda: "expired" in outcomes(consumer, message_id))
     assert smtp.tries[job["email"]] > 1
     consumer.stop()     # what it had not settled would go back to the queue
-    assert waiting_in(broker) == waiting_in(broker, DEAD) == 0
+    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
 
 
-def test_it_tries_a_mail_server_that_is_away_once_a_second_and_not_once_a_job(
+def test_it_tries_a_mail_server_that_is_away_every_few_seconds_and_not_once_a_job(
         broker, start_consumer, job):
     mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(free_port()))
 
@@ -125,7 +122,7 @@ def test_it_tries_a_mail_server_that_is_away_once_a_second_and_not_once_a_job(
         put(broker, job | {"email": fresh_email(), "expires_at": ends})
 
     wait_until(lambda: len(events(mailer.log, event="job", outcome="expired")) == 20)
-    assert 0 < len(events(mailer.log, event="job", outcome="retry")) < 20
+    assert 0 < len(events(mailer.log, event="job", outcome="retry")) <= 2
 
 
 def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
@@ -169,22 +166,65 @@ def test_it_tries_a_refused_mail_again_every_few_seconds(mailer, job):
     assert all(after - before > 2 for before, after in pairwise(times))
 
 
+def test_it_leaves_a_job_to_rabbitmq_until_its_retry(new_mailer, job):
+    new_mailer.smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 1000
+
+    message_id = put(new_mailer.broker, job)
+
+    wait_until(lambda: outcomes(new_mailer, message_id))
+    wait_until(lambda: waiting_in(new_mailer.broker, RETRY) == 1)
+
+
+def test_it_neither_loses_nor_doubles_a_job_that_is_refused_again_and_again(
+        new_mailer, job):
+    smtp, broker, rounds = new_mailer.smtp, new_mailer.broker, 9
+    smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * rounds
+
+    message_id = put(broker, job | {"expires_at": time.time() + 600})
+
+    wait_until(lambda: smtp.mails_to(job["email"]), 20 * rounds)
+    wait_until(lambda: "sent" in outcomes(new_mailer, message_id))
+    assert outcomes(new_mailer, message_id) == ["retry"] * rounds + ["sent"]
+    assert smtp.tries[job["email"]] == rounds + 1
+    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
+
+
+@pytest.mark.parametrize("answer", [LOST, GARBLED])
+def test_it_mails_to_others_before_it_repeats_a_mail_whose_answer_was_lost(
+        new_mailer, job, answer):
+    smtp, broker = new_mailer.smtp, new_mailer.broker
+    address, others = fresh_email(), [fresh_email() for _ in range(5)]
+
+    with held_up(new_mailer, job):
+        smtp.replies["CONTENT", address] = [answer] * 2
+        message_id = put(broker, job | {"email": address})
+        ids = [put(broker, job | {"email": other}) for other in others]
+
+    wait_until(lambda: "sent" in outcomes(new_mailer, message_id))
+    times = smtp.tried_at[address]
+    assert outcomes(new_mailer, message_id) == ["retry", "retry", "sent"]
+    assert all(after - before > 2 for before, after in pairwise(times))
+    assert all(smtp.tried_at[other][0] < times[1] for other in others)
+    assert [outcomes(new_mailer, each) for each in ids] == [["sent"]] * 5
+
+
 # -- What can never work ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
-def test_it_dead_letters_what_the_mail_server_refuses_for_good(mailer, job, verb):
-    mailer.smtp.replies[verb, job["email"]] = ["550 no"]
+def test_it_drops_what_the_mail_server_refuses_for_good(mailer, job, verb):
+    refused = fresh_email()
+    mailer.smtp.replies[verb, refused] = ["550 no"]
 
-    message_id = put(mailer.broker, job)
+    message_id = put(mailer.broker, job | {"email": refused})
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     assert next_mail_arrives(mailer, job)
-    assert mailer.smtp.tries[job["email"]] <= 1
+    assert outcomes(mailer, message_id) == ["refused"]
+    assert mailer.smtp.tries[refused] <= 1
 
 
 @pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
-def test_it_dead_letters_what_a_mail_server_refuses_for_good_before_it_hangs_up(
+def test_it_drops_what_a_mail_server_refuses_for_good_before_it_hangs_up(
         new_mailer, job, verb):
     smtp, broker = new_mailer.smtp, new_mailer.broker
     refused, good = fresh_email(), fresh_email()
@@ -194,9 +234,23 @@ def test_it_dead_letters_what_a_mail_server_refuses_for_good_before_it_hangs_up(
         refused_id = put(broker, job | {"email": refused})
         good_id = put(broker, job | {"email": good})
 
-    assert arrived(smtp, good)
-    wait_until(lambda: outcomes(new_mailer, good_id) == ["sent"])
+    assert len(arrived(smtp, good)) == 1
+    wait_until(lambda: outcomes(new_mailer, good_id)[-1:] == ["sent"])
     assert outcomes(new_mailer, refused_id) == ["refused"]
+
+
+def test_it_never_sees_again_what_it_dropped(new_mailer, job):
+    smtp, broker = new_mailer.smtp, new_mailer.broker
+    refused, comes_back = fresh_email(), fresh_email()
+    smtp.replies["RCPT", refused] = ["550 no"]
+    smtp.replies["RCPT", comes_back] = ["450 later"]
+
+    ids = [put_raw(broker, b"{"), put(broker, job | {"email": refused})]
+    put(broker, job | {"email": comes_back})
+
+    assert arrived(smtp, comes_back)     # so would have they
+    assert [outcomes(new_mailer, each) for each in ids] == [["unreadable"], ["refused"]]
+    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
 
 
 NO_JOBS = {
@@ -206,61 +260,70 @@ NO_JOBS = {
 
 
 @pytest.mark.parametrize("body", NO_JOBS.values(), ids=NO_JOBS.keys())
-def test_it_dead_letters_what_is_no_job(mailer, job, body):
+def test_it_drops_what_is_no_job(mailer, job, body):
     message_id = put_raw(mailer.broker, body)
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["unreadable"]
 
 
 @pytest.mark.parametrize("changes", [
     {"template": "other"}, {"template": None}, {"template": ["code"]},
-    {"email": None}, {"email": 7}, {"email": ""}, {"email": {}},
+    {"email": 7}, {"email": ""}, {"email": {}},
     {"email": "ann@example.com\r\nBcc: eve@example.com"},
     {"email": "\ud800@example.com"}, {"email": "ann\0@example.com"},
     {"expires_at": None}, {"expires_at": "soon"},
     {"expires_at": []}, {"expires_at": {}}, {"issued_at": "now"}, {"issued_at": None}])
-def test_it_dead_letters_a_job_with_a_value_that_makes_no_mail(mailer, job, changes):
+def test_it_drops_a_job_with_a_value_that_makes_no_mail(mailer, job, changes):
     message_id = put(mailer.broker, job | changes)
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["unreadable"]
+
+
+def test_it_drops_a_job_whose_address_is_null(new_mailer, job):
+    message_id = put(new_mailer.broker, job | {"email": None})
+
+    assert next_mail_arrives(new_mailer, job)
+    assert outcomes(new_mailer, message_id) == ["unreadable"]
 
 
 @pytest.mark.parametrize("key", [
     "template", "email", "expires_at", "code", "issued_at"])
-def test_it_dead_letters_a_job_without_one_of_its_keys(mailer, job, key):
+def test_it_drops_a_job_without_one_of_its_keys(mailer, job, key):
     message_id = put(mailer.broker, {name: job[name] for name in job if name != key})
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["unreadable"]
 
 
 @pytest.mark.parametrize("properties", [
     {"application_headers": {"compression": "application/x-gzip"}},
     {"application_headers": {"compression": "unheard of"}},
     {"application_headers": {"compression": 7}},
-    {"content_type": "application/x-yaml"}, {"content_type": "text/plain"},
-    {"message_id": "1\r\nBcc: eve@example.com"}], ids=str)
-def test_it_dead_letters_a_job_in_a_form_that_nobody_wrote(mailer, job, properties):
+    {"content_type": "application/x-yaml"}, {"content_type": "text/plain"}], ids=str)
+def test_it_drops_a_job_in_a_form_that_nobody_wrote(mailer, job, properties):
     message_id = put(mailer.broker, job, **properties)
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["unreadable"]
 
 
-def test_it_dead_letters_a_job_without_an_id(mailer, job):
-    put(mailer.broker, job, message_id=None)
+@pytest.mark.parametrize("message_id", [None, "1\r\nBcc: eve@example.com"])
+def test_it_drops_a_job_without_an_id_that_fits_a_header(new_mailer, job, message_id):
+    put(new_mailer.broker, job, message_id=message_id)
 
-    assert "message_id" not in take(mailer.broker, DEAD).properties
-    assert next_mail_arrives(mailer, job)
+    assert next_mail_arrives(new_mailer, job)
+    assert outcomes(new_mailer, "-") == ["unreadable"]
+    assert not new_mailer.smtp.tries[job["email"]]
 
 
 def test_it_unpickles_nothing(mailer, job):
     message_id = put_raw(mailer.broker, pickle.dumps(job), content_encoding="binary",
                          content_type="application/x-python-serialize")
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
+    assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, message_id) == ["unreadable"]
     assert not mailer.smtp.tries[job["email"]]
 
 
@@ -269,7 +332,7 @@ def test_it_unpickles_nothing(mailer, job):
 
 def test_it_mails_once_over_a_relay_that_takes_its_time(new_mailer, job):
     smtp = new_mailer.smtp
-    smtp.replies["CONTENT", job["email"]] = [20] * 10    # s; RabbitMQ waits for 15
+    smtp.replies["CONTENT", job["email"]] = [20] * 10    # seconds
 
     put(new_mailer.broker, job)
 
@@ -279,81 +342,71 @@ def test_it_mails_once_over_a_relay_that_takes_its_time(new_mailer, job):
     assert not events(new_mailer.log, event="outage")
 
 
-def test_it_does_not_mail_twice_when_its_ack_was_lost(
-        servers, broker, start_consumer, smtp, job):
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    answer = threading.Event()
+def test_it_mails_twice_at_most_and_with_one_message_id_when_its_ack_was_lost(
+        servers, broker, new_mailer, job):
+    smtp, answer = new_mailer.smtp, threading.Event()
     smtp.replies["CONTENT", job["email"]] = [answer]
-    put(broker, job)
+    message_id = put(broker, job)
     wait_until(lambda: smtp.held)
 
     cut_connections(servers.rabbitmq, "spare")
     answer.set()
 
-    mailer.broker, mailer.smtp = broker, smtp
-    assert next_mail_arrives(mailer, job)
-    assert smtp.tries[job["email"]] == 1
-    assert not waiting_in(broker)
-
-
-@pytest.mark.parametrize("verb, trouble", [
-    ("RCPT", ["450 greylisted"] * 4), ("CONTENT", [15])])     # retries after 3 s; 15 s
-def test_it_mails_once_what_it_holds_for_longer_than_rabbitmq_lets_it(
-        impatient, start_consumer, smtp, job, verb, trouble):
-    mailer = start_consumer(BROKER_URL=impatient.url, SMTP_PORT=str(smtp.port))
-    mailer.broker, mailer.smtp = impatient.url, smtp
-    smtp.replies[verb, job["email"]] = trouble
-
-    put(impatient.url, job)
-
-    wait_until(lambda: events(mailer.log, event="outage", server="broker"), 40)
-    assert len(arrived(smtp, job["email"])) == 1
-    assert next_mail_arrives(mailer, job)
-    assert len(smtp.mails_to(job["email"])) == 1
-    assert not waiting_in(impatient.url)
+    assert next_mail_arrives(new_mailer, job)
+    assert len(smtp.mails_to(job["email"])) <= 2
+    assert {message_from_bytes(mail.content)["Message-ID"]
+            for mail in smtp.mails_to(job["email"])} == {f"<{message_id}@example.com>"}
+    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory):
-    """A RabbitMQ that lets a consumer hold a job for 5 seconds, and not 30 minutes."""
-    rabbitmq = RabbitMQ(tmp_path_factory.mktemp("impatient"))
-    (rabbitmq.folder / "advanced.config").write_text(     # milliseconds
-        "[{rabbit, [{consumer_timeout, 5000}, {channel_tick_interval, 1000}]}].")
+def own_rabbitmq(tmp_path_factory):
+    """A RabbitMQ that can be killed. It wants a heartbeat every 2 seconds, not 60."""
+    rabbitmq = RabbitMQ(tmp_path_factory.mktemp("own"))
+    (rabbitmq.folder / "rabbitmq.conf").write_text("heartbeat = 2\n")
     with rabbitmq:
         yield rabbitmq
 
 
-def test_another_one_mails_the_jobs_of_a_consumer_that_fell_silent(
-        broker, start_consumer, smtp, job):
-    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+def test_another_one_mails_the_job_of_a_consumer_that_fell_silent(
+        own_rabbitmq, start_consumer, smtp, job):
+    broker, port = own_rabbitmq.url, str(smtp.port)
+    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=port)
 
     with paused(silent):
         put(broker, job)
         wait_until(lambda: not waiting_in(broker))     # the silent one has it
-        start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+        start_consumer(BROKER_URL=broker, SMTP_PORT=port)
 
         wait_until(lambda: smtp.mails_to(job["email"]), 40)
 
 
-def test_its_kernel_asks_every_second_whether_the_other_machines_are_there(
-        broker, new_mailer, job):
-    smtp = new_mailer.smtp
-    smtp.replies["CONTENT", job["email"]] = [threading.Event()]
-    put(broker, job)
-    wait_until(lambda: smtp.held)
+def test_a_consumer_that_fell_silent_delays_one_mail(broker, start_consumer, smtp, job):
+    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
 
-    for port in urlsplit(broker).port, smtp.port:
-        wait_until(lambda port=port: asks_within_a_second(new_mailer, port))
+    with paused(silent):
+        for _ in range(10):
+            put(broker, job | {"email": fresh_email()})
+        start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+
+        wait_until(lambda: len(smtp.mails) == 9)
 
 
-def asks_within_a_second(consumer, port):
-    """Whether the kernel's keepalive timer of its connection to a port ends by then."""
-    process = Path(f"/proc/{consumer.process.pid}")
-    sockets = {file.readlink().name for file in (process / "fd").iterdir()}
-    [line] = [line for line in map(str.split, (process / "net/tcp").open())
-              if line[2].endswith(f":{port:04X}") and f"socket:[{line[9]}]" in sockets]
-    timer, centiseconds = line[5].split(":")
-    return timer == "02" and int(centiseconds, 16) <= 100     # 02: keepalive
+def test_it_mails_what_waited_for_a_retry_while_the_broker_was_killed(
+        own_rabbitmq, start_consumer, smtp, job):
+    mailer = start_consumer(BROKER_URL=own_rabbitmq.url, SMTP_PORT=str(smtp.port))
+    smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 2
+    message_id = put(own_rabbitmq.url, job)
+    wait_until(lambda: outcomes(mailer, message_id) == ["retry", "retry"])
+    wait_until(lambda: waiting_in(own_rabbitmq.url, RETRY) == 1)
+
+    with killed(own_rabbitmq):
+        pass
+
+    wait_until(lambda: smtp.mails_to(job["email"]), 40)
+    mailer.broker, mailer.smtp = own_rabbitmq.url, smtp
+    assert next_mail_arrives(mailer, job)
+    assert len(smtp.mails_to(job["email"])) == 1
 
 
 def test_it_tries_again_when_a_connection_to_the_mail_server_is_not_accepted(
@@ -384,13 +437,28 @@ def test_it_leaves_a_job_in_the_queue_until_the_mail_server_has_taken_the_mail(
 
 
 def test_it_shares_the_work_among_consumers(broker, start_consumer, smtp, job):
-    for _ in range(2):
-        start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+    port = str(smtp.port)
+    pair = [start_consumer(BROKER_URL=broker, SMTP_PORT=port) for _ in range(2)]
     addresses = [fresh_email() for _ in range(30)]
 
     for address in addresses:
         put(broker, job | {"email": address})
 
     assert all(len(arrived(smtp, address)) == 1 for address in addresses)
-    assert len({mail.client for mail in smtp.mails}) >= 2
     assert len(smtp.mails) == 30
+    assert all(events(each.log, event="job", outcome="sent") for each in pair)
+
+
+def test_a_consumer_that_is_added_late_takes_its_share(
+        broker, new_mailer, start_consumer, job):
+    slow, addresses = new_mailer.smtp, [fresh_email() for _ in range(20)]
+    for address in addresses:
+        slow.replies["CONTENT", address] = [1]     # second
+        put(broker, job | {"email": address})
+    wait_until(lambda: slow.mails)
+
+    with contextlib.closing(SmtpServer(free_port())) as quick:
+        start_consumer(BROKER_URL=broker, SMTP_PORT=str(quick.port))
+
+        wait_until(lambda: len(slow.mails) + len(quick.mails) == 20, 40)
+        assert len(quick.mails) > 10

@@ -1,12 +1,12 @@
-"""The two statements that carry the security, in every order that sessions can have.
+"""The statements that carry the security, in every order that sessions can have.
 
 upsert_waiting() writes a password and a code together, spend_attempt() counts a try and
-compares. Here, two and three sessions take the statements of service.py step by step,
-in every order of their steps. A step that waits for a lock goes on when it gets it.
+compares, count_request() counts the failures of a client. Here, two and three sessions
+take the statements of service.py step by step, in every order of their steps. A step
+that waits for a lock goes on when it gets it.
 """
 
 import ast
-import itertools
 from copy import copy
 
 import psycopg2
@@ -16,6 +16,7 @@ from servers.process import TOP
 from steps import fresh_email
 
 ALLOWED = 3     # tries of a code
+FAILURES = 2    # of a client
 WRONG = 9       # the number of a code that nobody was mailed
 
 
@@ -28,8 +29,8 @@ def statement_of(function):
     return call.args[0].value
 
 
-UPSERT, SELECT, SPEND = map(statement_of, [
-    "upsert_waiting", "select_account", "spend_attempt"])
+UPSERT, SELECT, SPEND, COUNT = map(statement_of, [
+    "upsert_waiting", "select_account", "spend_attempt", "count_request"])
 
 
 def pair(password, code):
@@ -67,11 +68,42 @@ class Activate:
         self.compared = self.activated = False
         account = yield SELECT, {}
         values = pair(self.password, self.code)
-        # As in activate(): for another password 401, for an active account 409.
+        # As in activate(): for another password 403, for an active account 409.
         if account and account[1] == values["password_hash"] and not account[2]:
             row = yield SPEND, values
             self.compared = row is not None
             self.activated = bool(row and row[0])
+
+
+class Guess(Activate):
+    """The same by a client whose failures are counted, all in one transaction."""
+
+    def __init__(self, password, code):
+        super().__init__(password, code)
+        self.steps = 5 if code == WRONG else 6
+
+    def run(self):
+        self.compared = self.activated = self.failed = False
+        yield "BEGIN", {}
+        if (yield COUNT, more(1))[0] > FAILURES:    # as in activate(): 429
+            yield "ROLLBACK", {}
+            return
+        account = yield SELECT, {}
+        if account[2]:                              # 409
+            yield "ROLLBACK", {}
+            return
+        row = yield SPEND, pair(self.password, self.code)
+        self.compared = row is not None
+        self.activated = bool(row and row[0])
+        if self.activated:
+            yield COUNT, more(-1)
+        yield "COMMIT", {}
+        self.failed = not self.activated
+
+
+def more(count):
+    """The values that count so many more failures of a client."""
+    return {"name": "activate failures", "count": count, "seconds": 3600}
 
 
 class Session:
@@ -101,7 +133,8 @@ class Session:
             self.owed, self.ended = 0, True
         else:
             self.cursor = self.connection.cursor()
-            self.cursor.execute(statement, values | {"email": self.email})
+            self.cursor.execute(statement, values | {
+                "email": self.email, "subject": self.email})
 
 
 def take_steps(order, sessions, waits):
@@ -125,6 +158,29 @@ def take_steps(order, sessions, waits):
         while not session.ended:    # the end, after the row of its last statement
             session.owed = 1
             take_what_is_owed()
+
+
+def orders(turns):
+    """Every order of these numbers, of which some are alike."""
+    if not turns:
+        yield ()
+    for first in sorted(set(turns)):
+        others = list(turns)
+        others.remove(first)
+        for order in orders(others):
+            yield first, *order
+
+
+def act(order, actors, sessions, email, database):
+    """Each actor takes its steps on a session of its own, in this order of numbers."""
+    def waits(session):
+        return database("SELECT 1 FROM pg_locks WHERE pid = %s AND NOT granted",
+                        [session.connection.get_backend_pid()])
+
+    taking_part = sessions[:len(actors)]
+    for session, actor in zip(taking_part, actors):
+        session.begin(actor, email)
+    take_steps([taking_part[number] for number in order], taking_part, waits)
 
 
 # -- Every order -----------------------------------------------------------------------
@@ -173,11 +229,7 @@ def test_it_activates_once_one_pair_within_the_attempts_in_any_order(
     actors = [copy(actor) for actor in CASTS[cast]]
     turns = [number for number, actor in enumerate(actors) for _ in range(actor.steps)]
 
-    def waits(session):
-        return database("SELECT 1 FROM pg_locks WHERE pid = %s AND NOT granted",
-                        [session.connection.get_backend_pid()])
-
-    for order in sorted(set(itertools.permutations(turns))):
+    for order in orders(turns):
         email = fresh_email()
         database("""
             INSERT INTO users (email, password_hash, code_digest, attempts, expires_at,
@@ -187,11 +239,8 @@ def test_it_activates_once_one_pair_within_the_attempts_in_any_order(
                     CASE WHEN %(active)s THEN now() END)
             """, pair(0, 0) | {"email": email, "attempts": attempts,
                                "seconds": seconds, "active": active})
-        for session, actor in zip(sessions, actors):
-            session.begin(actor, email)
-        taking_part = sessions[:len(actors)]
 
-        take_steps([taking_part[number] for number in order], taking_part, waits)
+        act(order, actors, sessions, email, database)
 
         [(password, code, tried, activated_at)] = database("""
             SELECT password_hash, code_digest, attempts, activated_at
@@ -208,3 +257,32 @@ def test_it_activates_once_one_pair_within_the_attempts_in_any_order(
         for each in {actor.password for actor in tries}:
             compared = sum(actor.compared for actor in tries if actor.password == each)
             assert compared <= ALLOWED - (attempts if each == 0 else 0), order
+
+
+@pytest.mark.parametrize("codes", [(WRONG, WRONG), (WRONG, 0), (0, 0)],
+                         ids=["two wrong codes", "a wrong code, the right one",
+                              "the right code twice"])
+def test_it_compares_one_code_where_a_client_has_one_failure_left_in_any_order(
+        sessions, database, codes):
+    guesses = [Guess(0, code) for code in codes]
+    turns = [number for number, guess in enumerate(guesses) for _ in range(guess.steps)]
+
+    for order in orders(turns):
+        email = fresh_email()
+        database("""
+            INSERT INTO users (email, password_hash, code_digest, expires_at)
+            VALUES (%(email)s, %(password_hash)s, %(code_digest)s,
+                    now() + interval '1 h');
+            INSERT INTO limits (name, subject, count, expires_at)
+            VALUES ('activate failures', %(email)s, %(spent)s, now() + interval '1 h')
+            """, pair(0, 0) | {"email": email, "spent": FAILURES - 1})
+
+        act(order, guesses, sessions, email, database)
+
+        [(count,)] = database("SELECT count FROM limits WHERE subject = %s", [email])
+        failed = sum(guess.failed for guess in guesses)
+        assert sum(guess.activated for guess in guesses) <= 1, order
+        assert failed <= 1, order
+        assert count == FAILURES - 1 + failed, order
+        if codes == (WRONG, WRONG):
+            assert sum(guess.compared for guess in guesses) == failed == 1, order

@@ -22,7 +22,7 @@ from steps import (
     wait_until,
     wrong,
 )
-from steps.jobs import DEAD, outcomes, put, put_raw, take
+from steps.jobs import next_mail_arrives, outcomes, put, put_raw
 from steps.logs import events
 
 LOGFMT = re.compile(r'time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ level=[A-Z]+'
@@ -54,7 +54,7 @@ def test_it_logs_each_request_in_a_line(service):
 
     assert wait_until(lambda: len(logged_by(service, before)) == 4
                       and logged_by(service, before)) == [
-        ("PATCH", ACTIVATE, "401", "-"), ("POST", REGISTER, "422", "-"),
+        ("PATCH", ACTIVATE, "403", "-"), ("POST", REGISTER, "422", "-"),
         ("GET", "-", "404", "-"), ("GET", "/healthz", "200", "-")]
 
 
@@ -184,7 +184,6 @@ def test_it_logs_a_warning_for_a_job_that_expired(mailer, job):
 def test_it_logs_an_error_for_a_job_that_it_cannot_read(mailer, body, properties):
     message_id = put_raw(mailer.broker, body, **properties)
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == message_id
     wait_until(lambda: outcomes(mailer, message_id) == ["unreadable"])
     [event] = events(mailer.log, event="job", job=message_id)
     assert event["level"] == "ERROR"
@@ -195,6 +194,5 @@ def test_it_logs_no_line_that_a_malformed_id_forges(mailer, job):
 
     put(mailer.broker, job, message_id=forged)
 
-    assert take(mailer.broker, DEAD).properties["message_id"] == forged
-    wait_until(lambda: events(mailer.log, job="malformed", outcome="unreadable"))
+    assert next_mail_arrives(mailer, job)
     assert not events(mailer.log, event="job", job="2")

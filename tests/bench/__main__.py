@@ -5,11 +5,12 @@
     make bench OPTIONS="--only registrations"       one part; --help lists them
     make bench OPTIONS="--huge-pages"               with and without; needs root
     make bench OPTIONS="--program /tmp/changed"     the program in another folder
+    make bench OPTIONS="--against /work/v2/tree"    another version, in turn with it
 
-It prints one table and draws docs/load.svg. It starts servers of its own, and version 1
-beside the program: a commit with its own packages, database, virtual host, consumer and
-callers. Both run with the settings of production, but the limits on requests are out of
-the way and codes live longer.
+It prints one table and draws docs/load.svg. It starts servers of its own, and the other
+version beside the program: with the packages of its .venv, and a database, a virtual
+host, a consumer and callers of its own. Both run with the settings of production, but
+the limits on requests are out of the way and codes live longer.
 
 Read main(), then the parts in its order. outside.py has the callers and the mail
 server, limit.py the limits, draw.py the picture; servers/edge.py is nginx.
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, median
@@ -55,14 +56,12 @@ from servers.system import (
     settings_for,
     temporary_folder,
 )
-from servers.version_1 import COMMIT, version_1
 from steps import jobs
 
 from bench import draw
 
 CORES = os.cpu_count()
 CALLERS, CROWD, TRICKLING = 8, 100, 1000
-BACKLOG = ["--backlog", "64"]       # behind the edge, as in docker-compose.yml
 # Multiples of the capacity: for the picture, denser where the curves bend, and those
 # whose goodput has an aim.
 LOADS = 0.1, 0.2, 0.4, 0.7, 0.85, 1, 1.15, 1.5, 2, 3, 4, 6, 8, 12
@@ -139,18 +138,24 @@ class Limit(Gunicorn):
 
 @contextmanager
 def system():
-    """All that runs from beginning to end: the program, with version 1 as its .old."""
+    """All that runs from beginning to end: the program, with .hashers, and the other
+    version, if there is one, as its .other."""
     install_missing("PostgreSQL", "RabbitMQ", "nginx")
-    here = Home(OPTIONS.program, sys.executable)
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, ExitStack() as stack:
         servers = Postgres(folder), RabbitMQ(folder)
         hashers = [Hasher(folder) for _ in range(CORES)]
-        with running(*servers, *hashers), \
-                program(servers, "version_1", version_1()) as old, \
-                program(servers, "version_2", here) as here:
-            here.old, here.hashers = old, hashers
-            old.library, here.library = "argon2-cffi", "PyNaCl"
-            yield here
+        stack.enter_context(running(*servers, *hashers))
+        here = stack.enter_context(
+            program(servers, "here", Home(OPTIONS.program, sys.executable)))
+        here.hashers, here.other = hashers, None
+        if OPTIONS.against:
+            home = Home(OPTIONS.against, OPTIONS.against / ".venv/bin/python")
+            here.other = stack.enter_context(program(servers, "other", home))
+        yield here
+
+
+def versions(here):
+    return [here, here.other] if here.other else [here]
 
 
 @contextmanager
@@ -175,21 +180,21 @@ def new_database(postgres, name, home):
     """The URL of a database with the tables of that version."""
     postgres.psql(f"CREATE DATABASE {name}")
     create_tables(postgres, name, home)
-    return postgres.url_of(name)
+    return postgres.url_of(name, "registration_api")
 
 
 @contextmanager
-def another_api(here, kind=Gunicorn, options=(), **settings):
-    """One more process of version 2, or of another kind, with changed settings."""
+def another_api(here, kind=Gunicorn, **settings):
+    """One more process of the program, or of another kind, with changed settings."""
     folder = here.folder / f"api{time.monotonic_ns()}"
-    with kind(folder, here.settings | settings, options=options) as api:
+    with kind(folder, here.settings | settings) as api:
         yield api
 
 
 @contextmanager
 def behind_the_edge(here):
     """(an API, nginx in front of it), as in docker-compose.yml."""
-    with another_api(here, options=BACKLOG, TRUSTED_PROXIES="1") as api, \
+    with another_api(here, TRUSTED_PROXIES="1") as api, \
             Edge(api.folder / "edge", api) as edge:
         yield api, edge
 
@@ -225,14 +230,11 @@ def percentile(numbers, percent):
 
 
 def hashes(here, seconds):
-    """{library: (hashes a second on all cores, CPU ms of one)}; nothing else works."""
-    found = {}
-    for library in "PyNaCl", "argon2-cffi":
-        for each in here.hashers:
-            each.tell(library=library, seconds=seconds)
-        rates, cpu = zip(*[each.hear() for each in here.hashers])
-        found[library] = sum(rates), 1000 * mean(cpu)
-    return found
+    """(hashes a second on all cores, CPU ms of one); nothing else works."""
+    for each in here.hashers:
+        each.tell(seconds=seconds)
+    rates, cpu = zip(*[each.hear() for each in here.hashers])
+    return sum(rates), 1000 * mean(cpu)
 
 
 def processes(version):
@@ -295,15 +297,14 @@ def print_machine():
                   for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    packages = "gunicorn", "Flask", "psycopg2-binary", "kombu", "PyNaCl", "argon2-cffi"
+    packages = "gunicorn", "Flask", "psycopg2-binary", "kombu", "PyNaCl"
     postgres = run([find("postgres"), "--version"]).split()[2]
     print(f"\n{CORES} cores of {model}, {memory:.0f} GB, Linux {platform.release()}, "
           f"transparent huge pages on {huge_pages_are()}, load average at the begin "
           f"{LOAD_AVERAGE:.1f}\n"
           f"Python {platform.python_version()}, PostgreSQL {postgres}, "
           f"RabbitMQ {debian('rabbitmq-server')}, nginx {debian('nginx')}, "
-          + ", ".join(f"{name} {metadata.version(name)}" for name in packages)
-          + f"; version 1 is {COMMIT}")
+          + ", ".join(f"{name} {metadata.version(name)}" for name in packages))
 
 
 def debian(package):
@@ -324,13 +325,17 @@ def huge_pages_are():
 
 
 def memory(here, _):
-    """Memory after 1,000 and after 20,000 requests, of both versions."""
-    (before, after), (_, old) = grow(here), grow(here.old)
+    """Memory after 1,000 and after 20,000 requests."""
+    grown = [grow(version) for version in versions(here)]
+    before, after = grown[0]
     for process in after:
         row(f"memory after 20,000 requests / 1,000: {process}", [after[process]], "MB",
             [before[process]], most=1.05)
-    row("memory of the API in all / version 1", [in_all(after)], "MB", [in_all(old)],
-        most=1)
+    in_all = [sum(each for process, each in found.items() if process.startswith("API"))
+              for _, found in grown]
+    row("memory of the API in all", in_all[:1], "MB")
+    if here.other:
+        row("memory of the API in all / the other's", in_all[:1], "MB", in_all[1:])
 
 
 def grow(version):
@@ -357,12 +362,8 @@ def memory_of(version):
     return {process: round(each, 1) for process, each in found.items()}
 
 
-def in_all(found):
-    return sum(each for process, each in found.items() if process.startswith("API"))
-
-
 def registrations(here, seconds, rounds=8):
-    """Registrations and activations of both versions, a crowd, and hashes, in turn.
+    """Registrations, activations, a crowd, and hashes, in turn.
 
     The turns are short: the speed of a machine that others share changes in seconds.
     """
@@ -373,40 +374,40 @@ def registrations(here, seconds, rounds=8):
         say(f"round {number + 1}: " + ", ".join(
             f"{' '.join(figure)} {values[-1]:.4g}" for figure, values in found.items()))
     for what in "registrations", "activations":
-        new, old = found[what, "version_2"], found[what, "version_1"]
-        row(f"{what}, {CALLERS} callers / version 1", new, "/s", old, least=1.4)
-        for library, least in ("PyNaCl", 0.62), ("argon2-cffi", 1):
-            row(f"{what}, {CALLERS} callers / hashes by {library}", new, "/s",
-                found["hashes", library], least=least)
+        row(f"{what}, {CALLERS} callers / hashes", found[what, "here"], "/s",
+            found["hashes", "rate"], least=0.62)
+        if here.other:
+            row(f"{what}, {CALLERS} callers / the other's", found[what, "here"], "/s",
+                found[what, "other"])
     row(f"registrations, {CROWD} callers / {CALLERS} callers", found["crowd", "rate"],
-        "/s", found["registrations", "version_2"], least=0.97)
+        "/s", found["registrations", "here"], least=0.97)
     row(f"p99, {CROWD} callers", found["crowd", "p99"], "s", most=1)
     row(f"refused, {CROWD} callers", [sum(found["crowd", "refused"])], "", most=0)
     for process in [*processes(here), "all"]:
-        new, old = found[process, "version_2"], found[process, "version_1"]
-        row(f"CPU a registration beside the hash: {process} / version 1", new, "ms",
-            old)
-    row("CPU a registration beside the hash: all", new, "ms", most=5.5)
+        figure, costs = f"CPU a registration beside the hash: {process}", found[
+            process, "here"]
+        if here.other:
+            row(f"{figure} / the other's", costs, "ms", found[process, "other"])
+        row(figure, costs, "ms", most=5.5 if process == "all" else None)
 
 
 def one_round(here, seconds):
     """{(figure, whose): value}, with hashes before and after all the rest."""
     found = {}
     before = hashes(here, seconds / 5)
-    for version in here, here.old:
+    for version in versions(here):
         rate, cost = registrations_and_cost(version, seconds)
         found["registrations", version.name] = rate
         found |= {(process, version.name): each for process, each in cost.items()}
     crowd = ask(here, "register", seconds, CROWD, statuses=["202", "503"])
-    for version in here, here.old:
+    for version in versions(here):
         active = ask(version, "activate", seconds)
         found["activations", version.name] = per_second(active, "200")
     after = hashes(here, seconds / 5)
 
-    for version in here, here.old:
-        rate, cpu = map(mean, zip(before[version.library], after[version.library]))
-        found["hashes", version.library] = rate
-        found["CPU of a hash", version.library] = cpu
+    rate, cpu = map(mean, zip(before, after))
+    found["hashes", "rate"] = rate
+    for version in versions(here):
         found["API", version.name] -= cpu
         found["all", version.name] -= cpu
     return found | {("crowd", "rate"): per_second(crowd), ("crowd", "p99"): p99(crowd),
@@ -470,7 +471,8 @@ def picture(found):
 def limited(here, seconds, rounds=5):
     """429 against a route that does one upsert."""
     here.postgres.psql("CREATE UNLOGGED TABLE visits (name text PRIMARY KEY, count "
-                       "integer) WITH (fillfactor = 50)", here.name)
+                       "integer) WITH (fillfactor = 50);"
+                       "GRANT ALL ON visits TO registration_api", here.name)
     refused, upserts = [], []
     with another_api(here, IP_LIMIT="60") as api, another_api(here, Limit) as limit:
         ask(here, "register", 2, port=api.port, statuses=["202", "429"])
@@ -544,8 +546,8 @@ def fill_queue(broker, count, number):
                "issued_at": now, "expires_at": now + 900}
         channel.basic_publish(amqp.Message(
             json.dumps(job), content_type="application/json", content_encoding="utf-8",
-            delivery_mode=2, expiration="900000",
-            message_id=f"{number:04x}{each:028x}"), routing_key=jobs.MAIL)
+            delivery_mode=2, message_id=f"{number:04x}{each:028x}"),
+            routing_key=jobs.MAIL)
     steps.wait_until(lambda: jobs.waiting_in(broker) == count)
     channel.connection.client.collect()
 
@@ -622,8 +624,7 @@ def huge_pages(here, seconds, rounds=5):
         for _ in range(rounds):
             for setting in "always", "madvise":
                 HUGE_PAGES.write_text(setting)
-                for library, (rate, _) in hashes(here, seconds / 10).items():
-                    found[f"hashes by {library}", setting].append(rate)
+                found["hashes", setting].append(hashes(here, seconds / 10)[0])
                 found[f"registrations, {CALLERS} callers", setting].append(
                     per_second(ask(here, "register", seconds / 2)))
     finally:
@@ -649,6 +650,8 @@ def options():
                         "switches the machine's setting to and fro, then back")
     parser.add_argument("--program", type=Path, default=TOP,
                         help="the folder of the program that is measured")
+    parser.add_argument("--against", type=Path, metavar="FOLDER",
+                        help="the folder of another version, with a .venv of its own")
     found = parser.parse_args()
     found.parts = found.only.split(",") if found.only else [*PARTS][:-1]
     if found.huge_pages and "huge_pages" not in found.parts:
@@ -658,6 +661,7 @@ def options():
     if "huge_pages" in found.parts and not os.access(HUGE_PAGES, os.W_OK):
         parser.error(f"we may not write to {HUGE_PAGES}")
     found.program = found.program.resolve()
+    found.against = found.against and found.against.resolve()
     return found
 
 

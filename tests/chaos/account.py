@@ -3,7 +3,7 @@
     kept         2xx, and there is what it promised
     refused      4xx or 503, and nothing changed
     outlived     202, but outages outlasted the code before it could be mailed
-    unconfirmed  200 and active, but the confirmation is missing: the API's log names it
+    unconfirmed  200 and active, but the confirmation is missing: the API's log says so
     unknown      no answer, or COMMIT happened and its answer was lost: see repeat()
     lost         2xx, and something is missing; or the right code was refused
     left behind  4xx or 503, and yet there is a change
@@ -22,16 +22,15 @@ import psycopg2
 import steps
 from psycopg2.extras import NamedTupleCursor
 from servers.system import digest
-from steps.jobs import DEAD, take_all
 from steps.logs import events
 
 from chaos.load import LIFETIME, PATIENCE, Fault
 
 
-def account(load, faults, database, broker, apis, consumers):
+def account(load, faults, database, apis, consumers):
     """Prints the table and returns a line for each failure.
 
-    database, broker: their URLs; apis, consumers: the programs, whose logs are read.
+    database: its URL; apis, consumers: the programs, whose logs are read.
     """
     users = select_users(database)
     requests = sorted(load.requests, key=lambda request: request.began)
@@ -45,7 +44,8 @@ def account(load, faults, database, broker, apis, consumers):
     print_table(requests, verdicts, load, faults)
 
     unknown, outlived = verdicts["unknown"], verdicts["outlived"]
-    expired, dead = expired_jobs(consumers, broker)
+    expired = jobs_that_were(consumers, "expired")
+    dropped = jobs_that_were(consumers, "refused", "unreadable")
     missing, unnamed = missing_confirmations(load, apis)
     unsafe = [request for request in unknown
               if not repeat(load, request, users.get(request.email))]
@@ -54,7 +54,7 @@ def account(load, faults, database, broker, apis, consumers):
           f"though COMMIT happened; all repeated now, in vain: {len(unsafe)}")
     print(f"outages outlasted {len(outlived)} codes; {len(expired)} jobs expired")
     print(f"{len(verdicts['unconfirmed'])} activations without a confirmation; the "
-          f"APIs' logs name {len(missing - unnamed)}")
+          f"APIs' logs name {missing - len(unnamed)}")
 
     slow = [request for request in requests
             if request.status and request.seconds > PATIENCE]
@@ -64,40 +64,33 @@ def account(load, faults, database, broker, apis, consumers):
         for request in found]
     failures += [f"a confirmation is missing, and no log says so: {job}"
                  for job in unnamed]
-    failures += [f"in the dead queue, though it has not expired: {job}" for job in dead]
-    if len(verdicts["unconfirmed"]) > len(missing):
+    failures += [f"dropped by a consumer: {job}" for job in dropped]
+    if len(verdicts["unconfirmed"]) > missing:
         failures.append("the APIs' logs do not have all activations")
     if len(outlived) > len(expired):
         failures.append("more codes are outlived than jobs expired")
     return failures
 
 
-def expired_jobs(consumers, broker):
-    """Ids: of jobs that expired in a consumer or the queue; of other dead ones.
-
-    Version 1 logs them as id.
-    """
-    expired = {event.get("job") or event["id"] for consumer in consumers
-               for event in events(consumer.log, event="job", outcome="expired")}
-    dead = {message.properties["message_id"]: message.headers["x-first-death-reason"]
-            for message in take_all(broker, DEAD)}
-    expired |= {job for job, reason in dead.items() if reason == "expired"}
-    return expired, dead.keys() - expired
+def jobs_that_were(consumers, *outcomes):
+    """Ids of the jobs with one of these outcomes."""
+    return {event["job"] for consumer in consumers
+            for event in events(consumer.log, event="job")
+            if event["outcome"] in outcomes}
 
 
 def missing_confirmations(load, apis):
-    """Ids: of activations' jobs that were not mailed; of those that no log names.
+    """(how many were not mailed, the ids of those jobs that no log names).
 
-    The API of version 1 logs no ids, so it has none of either.
+    An activation without a connection to RabbitMQ has no job: its line says job=-.
     """
-    activated = {event["job"] for api in apis for event in events(
-                 api.log, event="request", route="/users/activate", status="200")
-                 if "job" in event}
-    named = {event.get("job") for api in apis
-             for event in events(api.log, event="outage")}
+    activated = [event["job"] for api in apis for event in events(
+                 api.log, event="request", route="/users/activate", status="200")]
+    named = {event["job"] for api in apis for event in events(api.log, event="outage")}
     mailed = {mail.id.strip("<>").partition("@")[0]
               for mails in load.mails.values() for mail in mails}
-    return activated - mailed, activated - mailed - named
+    missing = [job for job in activated if job not in mailed]
+    return len(missing), {job for job in missing if job != "-"} - named
 
 
 def select_users(url):
@@ -135,9 +128,9 @@ def judge(request, user, siblings, load, faults):
             and request.began <= fault.healed for fault in faults)
         published = request.action == "activate" or load.mail_of(request)
         return "unknown" if in_commit and published else "left behind"
-    if request.status == 422 and request.action == "activate":
+    if request.status == 403:
         return judge_refused(request, siblings, load)
-    return "refused" if request.status in (401, 409, 422, 503) else "unexpected"
+    return "refused" if request.status in (409, 422, 503) else "unexpected"
 
 
 def judge_accepted(request, user, siblings, load, faults):
@@ -161,11 +154,12 @@ def judge_accepted(request, user, siblings, load, faults):
 
 
 def judge_refused(request, siblings, load):
-    """A 422 for a code: right if it is another's, or its time was over."""
+    """A 403: right if password or code is another's, or the code's time was over."""
     registration = [other for other in siblings if other.status == 202
                     and other.ended <= request.began][-1]
     alive = request.ended < registration.began + LIFETIME
-    right = load.mail_of(registration).code == request.code
+    right = (request.password == registration.password
+             and request.code == load.mail_of(registration).code)
     return "lost" if alive and right else "refused"
 
 
@@ -193,7 +187,7 @@ def repeat(load, request, user):
     active = user and user.activated_at
     if request.action == "activate":
         answer = load.activate(request.email, request.password, request.code).status
-        return answer in ((401, 409) if active else (200, 401, 422))
+        return answer in ((403, 409) if active else (200, 403))
     again = load.register(request.email, request.password)
     if active or again.status != 202:
         return again.status in (202, 422)     # 422: it was meant to be refused

@@ -31,6 +31,7 @@ from servers.system import (
     settings_for,
     temporary_folder,
 )
+from steps.jobs import MAIL
 
 from chaos import load
 from chaos.account import account
@@ -143,7 +144,7 @@ def leader_of(nodes):
     node = next(node for node in nodes if node.alive())
     queues = json.loads(node.ctl("list_queues", "--formatter", "json",
                                  "name", "leader", "members"))
-    [queue] = [queue for queue in queues if queue["name"] == "mail"]
+    [queue] = [queue for queue in queues if queue["name"] == MAIL]
     if len(queue["members"]) < 3:
         raise RuntimeError(f"the mail queue is on {queue['members']} only")
     return next(node for node in nodes if node.nodename == queue["leader"])
@@ -221,7 +222,7 @@ def main():
                 callers, primary, standby, faults, chance.uniform(0.5, 3))))
         finally:
             callers.finish()
-        failures = account(callers, faults, database, nodes[0].url, apis, consumers)
+        failures = account(callers, faults, database, apis, consumers)
     failures += [f"the {server}'s gap of {gap:.1f} s is over {AIMS[server]} s"
                  for server, gap in gaps if gap > AIMS[server]]
     return "\n".join(failures)

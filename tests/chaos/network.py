@@ -1,6 +1,6 @@
 """The faults of a network: packets that are late or lost, links that go down.
 
-    make chaos OPTIONS="--network --rounds 1"   about nine minutes; as root
+    make chaos OPTIONS="--network --rounds 1"   about half an hour; as root
 
 PostgreSQL, RabbitMQ, the mail server, the consumer and a DNS server each have a machine
 of their own, which is a network namespace. The API and its callers share another one,
@@ -40,7 +40,7 @@ def on(machine, server):
 
 
 @contextmanager
-def system_on_machines(homes, **changes):
+def system_on_machines(**changes):
     """As whole_system() of servers/system.py; .network and .machines besides."""
     network = Network()
     database, broker, mail, worker = machines = [
@@ -53,8 +53,8 @@ def system_on_machines(homes, **changes):
             system.rabbitmq.url.replace(broker.address, "broker.test"),
             system.mail_server.smtp_port, SMTP_HOST="mail.test",
             RES_OPTIONS=resolver_options(), **changes)
-        with running_program(system.folder / "program", settings, homes,
-                             on(worker, Consumer)) as processes:
+        with running_program(system.folder / "program", settings,
+                             consumer=on(worker, Consumer)) as processes:
             system.api, system.consumer = processes
             system.network, system.machines = network, machines
             yield system

@@ -34,7 +34,7 @@ from servers.sink import Sink
 from servers.system import whole_system
 
 from chaos import load
-from chaos.__main__ import befall, faults, processes
+from chaos.__main__ import HEALING, befall, faults, processes
 from chaos.account import account
 
 SHARE = 0.6             # of the capacity
@@ -180,7 +180,7 @@ def picture(series, began, done, callers, minutes):
 def fault_every(pause, system, callers, minutes, chance):
     """Does faults, each kind once before any comes again: (faults, failures)."""
     done, failures, turn = [], [], []
-    system.processes = processes(system)
+    system.processes, system.healing = processes(system), HEALING
     end = time.monotonic() + 60 * minutes
     while (next_one := time.monotonic() + pause) < end:
         turn = turn or chance.sample(faults(system), len(faults(system)))
@@ -215,8 +215,8 @@ def main():
         rate = len(callers.requests) / 60 / options.minutes
         load.say(f"{rate:.1f} requests a second, {rate / most:.0%} of the capacity")
         picture(samples.series, began, done, callers, options.minutes)
-        failures += account(callers, done, system.postgres.url, system.rabbitmq.url,
-                            [system.api], [system.consumer])
+        failures += account(callers, done, system.postgres.url, [system.api],
+                            [system.consumer])
         failures += print_growth(samples.series, options.minutes)
     return "\n".join(failures)
 

@@ -9,7 +9,6 @@ alone what the system runs. Only for Linux (/proc).
     program.py      the API and the consumer
     system.py       all of it together, with the settings: read it second
     install.py      finds and installs what the servers need
-    version_1.py    version 1 of the program, to compare with
     run.py          make run
     network.py      machines of our own, and wires that fail; only for root
     clock.py        a clock of its own for a server, which can be wrong

@@ -13,8 +13,8 @@
         ...
 
 Each fault is real. It begins before the block and is over after it. The tests and
-chaos/ use the same ones. way_to() puts a relay before a server, which can be slow or
-break off.
+chaos/ use the same ones. way_to() puts a relay before a server, which can be slow, hold
+something back or break off.
 """
 
 import json
@@ -148,7 +148,7 @@ def way_to(url):
     Each of the server's answers is .seconds late. Unless .answers is None, only so many
     pass: instead of the next one, the way closes both connections. What .is_held(data,
     is_answer) is true of never arrives: .held is set, and the way stands still until
-    .released is.
+    .released is. It can be saying(), answering() or nothing.
     """
     def relay(source, target, is_answer):
         with suppress(OSError):
@@ -177,9 +177,38 @@ def way_to(url):
 
     port, free = urlsplit(url).port, free_port()
     way = SimpleNamespace(url=url.replace(f":{port}", f":{free}"), seconds=0,
-                          answers=None, is_held=lambda data, is_answer: False,
+                          answers=None, is_held=nothing,
                           held=threading.Event(), released=threading.Event())
     with socket.create_server(("127.0.0.1", free)) as listener:
         threading.Thread(target=accept, daemon=True).start()
         yield way
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def saying(*texts):
+    """Holds what the API says with the last of these texts, once it has said the others,
+    in their order."""
+    left = list(texts)
+
+    def is_held(data, is_answer):
+        if not is_answer and left and left[0] in data:
+            del left[0]
+            return not left
+
+    return is_held
+
+
+def answering(*texts):
+    """The same for the answer to that."""
+    is_said, said = saying(*texts), []
+
+    def is_held(data, is_answer):
+        if is_said(data, is_answer):
+            said.append(texts)
+        return is_answer and bool(said)
+
+    return is_held
+
+
+def nothing(data, is_answer):
+    """Holds nothing."""

@@ -14,6 +14,7 @@ from servers.process import LOCAL, ROOT, run
 MAILDEV = "2.2.1"
 PACKAGES = {  # by a server's name: {program: package of Debian}
     "PostgreSQL": {"initdb": "postgresql"},
+    "PgBouncer": {"pgbouncer": "pgbouncer"},
     "RabbitMQ": {"rabbitmq-server": "rabbitmq-server"},
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},

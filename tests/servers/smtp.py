@@ -6,11 +6,15 @@
     smtp.replies["DATA", address] = ["451 later"]               # to the command
     smtp.replies["CONTENT", address] = ["554 spam", 8, event]   # 250 after 8 seconds;
                                                                 # 250 when event is set
+    smtp.replies["CONTENT", address] = [LOST, GARBLED]          # it takes the mail
     smtp.replies["RCPT", address] = ["550 no, goodbye"]         # and it hangs up
+    smtp.punishes = True       ten errors without a mail in between make a session slow
     smtp.tries[address]        how often it was asked to take a mail for the address
     smtp.tried_at[address]     when, by time.monotonic()
     smtp.mails_to(address)     what it took: .sender, .recipients, .content, .client
     smtp.clients               a client's address and port for each connection
+    smtp.names                 what clients call themselves in EHLO
+    smtp.failed_logins         when they were, by time.monotonic()
 """
 
 import base64
@@ -24,6 +28,9 @@ from types import SimpleNamespace
 
 DROP = "drop"      # the connection, without a word
 HANG = "hang"      # until the client has had enough
+LOST = "lost"      # it takes the mail and drops the connection: its 250 is lost
+GARBLED = "garbled"     # it takes the mail, and says an empty line before its 250
+ERRORS = 10        # the limit of Postfix, smtpd_soft_error_limit
 
 
 class SmtpServer(socketserver.ThreadingTCPServer):
@@ -39,9 +46,11 @@ class SmtpServer(socketserver.ThreadingTCPServer):
         self.greetings = []      # other than 220, one a connection
         self.pauses = {}         # before "greeting" or "EHLO": until an Event
         self.replies = {}
+        self.punishes = False
         self.tries = collections.Counter()
         self.tried_at = collections.defaultdict(list)
         self.clients, self.sessions = [], set()     # all of them; those that are open
+        self.names = []
         self.mails, self.held = [], []
         self.failed_handshakes, self.failed_logins = [], []
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
@@ -67,7 +76,7 @@ class Session(socketserver.BaseRequestHandler):
     def handle(self):
         self.server.clients.append(self.client_address)
         self.server.sessions.add(self.request)
-        self.encrypted, self.user = False, None
+        self.encrypted, self.user, self.errors = False, None, 0
         self.sender, self.recipients = None, []     # of the transaction under way
         if self.server.implicit_tls:
             self.encrypt()
@@ -85,6 +94,9 @@ class Session(socketserver.BaseRequestHandler):
         self.server.sessions.discard(self.request)
 
     def say(self, *lines):
+        self.errors += lines[-1][0] in "45"
+        if self.server.punishes and self.errors >= ERRORS:
+            time.sleep(1)
         text = [line[:3] + ("-" if more else " ") + line[4:]
                 for more, line in zip([True] * (len(lines) - 1) + [False], lines)]
         self.request.sendall("".join(f"{line}\r\n" for line in text).encode())
@@ -105,6 +117,7 @@ class Session(socketserver.BaseRequestHandler):
             self.server.pauses[what].wait()
 
     def ehlo(self, rest):
+        self.server.names.append(rest)
         self.pause("EHLO")
         can = ["250 STARTTLS"] if self.server.tls and not self.encrypted else []
         can += ["250 AUTH PLAIN"] if self.server.login else []
@@ -120,7 +133,7 @@ class Session(socketserver.BaseRequestHandler):
         if (name, password) == self.server.login:
             self.user = name
             return self.say_as_told("AUTH", name, otherwise="235 welcome")
-        self.server.failed_logins.append(name)
+        self.server.failed_logins.append(time.monotonic())
         self.say("535 wrong password")
 
     def mail(self, rest):
@@ -175,9 +188,15 @@ class Session(socketserver.BaseRequestHandler):
         if isinstance(reply, int):
             time.sleep(reply)
             reply = otherwise
-        good = reply[0] in "23"
+        good = reply[0] in "23" or reply in (LOST, GARBLED)
         if mail and good:
             self.server.mails.append(mail)
+            self.errors = 0
+        if reply == LOST:
+            return self.hang_up()
+        if reply == GARBLED:
+            self.request.sendall(b"\r\n")
+            reply = otherwise
         self.say(reply)
         if reply.startswith("421") or reply.endswith("goodbye"):
             self.hang_up()

@@ -4,14 +4,11 @@ import base64
 import http.client
 import json
 import re
-import resource
 import secrets
 import socket
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
 
@@ -182,16 +179,3 @@ def activated(service):
 def workers_of(api):
     """The process ids of an API's workers."""
     return tree(api.process.pid)[1:]
-
-
-@contextmanager
-def little_memory_for(process):
-    """It gets 8 MiB more than it has: too little for Argon2's 12."""
-    status = Path(f"/proc/{process}/status").read_text()
-    size = 1024 * int(re.search(r"VmSize:\s+(\d+)", status)[1])
-    _, hard = limits = resource.prlimit(process, resource.RLIMIT_AS)
-    resource.prlimit(process, resource.RLIMIT_AS, (size + (8 << 20), hard))
-    try:
-        yield
-    finally:
-        resource.prlimit(process, resource.RLIMIT_AS, limits)

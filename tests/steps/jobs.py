@@ -33,7 +33,7 @@ def channel_to(broker):
 
 
 def put(broker, job, **properties):
-    """Puts a job into the queue, as service.py does but for the TTL; its message id."""
+    """Puts a job into the queue, as service.py does; its message id."""
     return put_raw(broker, json.dumps(job).encode(), **properties)
 
 

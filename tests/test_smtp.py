@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from servers.process import free_port
-from servers.smtp import SmtpServer
+from servers.smtp import LOST, SmtpServer
 from servers.system import SENDER
 from steps import fresh_email, wait_until
 from steps.jobs import arrived, held_up, outcomes, put
@@ -91,6 +91,22 @@ def test_it_does_not_hold_up_others_when_the_mail_server_punishes_refusals(
 
     assert arrived(smtp, good)
     wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
+
+
+@pytest.mark.parametrize("verb, trouble", [
+    ("RCPT", "421 closing"), ("DATA", "421 closing"), ("CONTENT", LOST),
+    ("DATA", "550 no, goodbye")])
+def test_it_does_not_hold_up_others_when_the_mail_server_hangs_up_on_some(
+        new_mailer, job, verb, trouble):
+    smtp, broker, good = new_mailer.smtp, new_mailer.broker, fresh_email()
+
+    with held_up(new_mailer, job):
+        for address in [fresh_email() for _ in range(9)]:
+            smtp.replies[verb, address] = [trouble] * 1000
+            put(broker, job | {"email": address})
+        put(broker, job | {"email": good})
+
+    assert arrived(smtp, good)
 
 
 @pytest.mark.parametrize("verb, trouble", [

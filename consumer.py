@@ -60,7 +60,7 @@ def number(name, default, least, most):
 
 
 def one_address(text):
-    """Whether it is one address, with or without a name."""
+    """The text, if it is one address, with or without a name. Else any exception."""
     [(name, address)] = getaddresses([text])
     return formataddr((name, str(Address(addr_spec=address))))
 
@@ -146,7 +146,7 @@ def build(job, job_id):
     mail = MIMEText(text.format(   # a third of the time that EmailMessage takes
         **job, issued=issued, lifetime=job["expires_at"] - job["issued_at"]))
     mail["From"] = formataddr((NAME, SENDER))
-    mail["To"] = str(Address(addr_spec=job["email"]))   # an error unless it is one
+    mail["To"] = one_address(job["email"])
     mail["Subject"], mail["Date"] = subject, formatdate()
     mail["Message-ID"] = f"<{job_id}@{DOMAIN}>"
     mail["Auto-Submitted"] = "auto-generated"   # RFC 3834: auto-responders keep quiet
@@ -180,7 +180,7 @@ def process(message):
         open_session()
         if time.time() >= expires_at:   # the mail server took its time
             return "expired", None
-        send(job["email"], mail)
+        smtp.sendmail(SENDER, [job["email"]], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         code = reply_code(error)
         refusals += 1
@@ -189,7 +189,6 @@ def process(message):
         return ("refused" if code >= 500 else "retry"), error
     except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
         close_session()                      # ValueError: a challenge not in Base64
-        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
         return "retry", error
     refusals = 0
     return "sent", None
@@ -232,36 +231,38 @@ refusals = 0   # in this session, since the last mail that was accepted
 
 def open_session():
     """Open a session if none is open: encrypted and logged in as the settings say."""
-    global smtp, refusals
-    if smtp and smtp.sock:   # smtplib has closed it after a 421
+    global smtp
+    if refusals:
+        # smtplib does not, where the DATA command was refused. If the mail server has hung
+        # up after the refusal, this closes smtplib's socket.
+        with suppress(OSError):
+            smtp.rset()
+    if smtp and smtp.sock:
         return
     tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
               "local_hostname": DOMAIN}   # for EHLO: relays distrust a container's name
-    session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
-               else smtplib.SMTP(**server))
-    session.sock.settimeout(SMTP_TIMEOUT)
-    if SMTP_TLS == "starttls":
-        session.starttls(context=tls)
-    if SMTP_USERNAME:
-        session.login(SMTP_USERNAME, SMTP_PASSWORD)
-    session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
-    smtp, refusals = session, 0
-
-
-def send(email, mail):
-    """Send a mail over the open session."""
-    if refusals:
-        smtp.rset()   # smtplib does not, where the DATA command was refused
-    smtp.sendmail(SENDER, [email], mail)
+    try:
+        session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
+                   else smtplib.SMTP(**server))
+        session.sock.settimeout(SMTP_TIMEOUT)
+        if SMTP_TLS == "starttls":
+            session.starttls(context=tls)
+        if SMTP_USERNAME:
+            session.login(SMTP_USERNAME, SMTP_PASSWORD)
+        session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
+    except (OSError, ValueError):
+        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
+        raise
+    smtp = session
 
 
 def close_session():
     """Close the session without QUIT, which would wait for a server that hangs."""
-    global smtp
+    global smtp, refusals
     if smtp:
         smtp.close()
-    smtp = None
+    smtp, refusals = None, 0
 
 
 # -- The loop --------------------------------------------------------------------------

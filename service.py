@@ -153,7 +153,7 @@ def register():
     503  a server does not answer, or there is too much to do: try again
     """
     email, password = read_fields(email=canonical_email, password=canonical_password)
-    if password.lower() in (email, email.partition("@")[0]):
+    if is_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
     open_database()
     open_broker()
@@ -337,6 +337,13 @@ def canonical_password(text):
     return text
 
 
+def is_address(password, email):
+    """Whether the password is the address, however typed, or its local part."""
+    with suppress(ValueError):
+        password = canonical_email(password)
+    return password.lower() in (email, email.partition("@")[0])
+
+
 def four_digits(text):
     """A code. isdigit() would also take the digits of every other script."""
     if not re.fullmatch("[0-9]{4}", text):
@@ -349,7 +356,9 @@ def read_credentials():
 
     403 if they could not be registered, so no account has them.
     """
-    basic = request.authorization
+    basic = None
+    with suppress(ValueError):   # Werkzeug raises it if the header is not ASCII
+        basic = request.authorization
     if not (basic and basic.type == "basic" and basic.username and basic.password):
         abort(401, "Send the address and the password as HTTP Basic.")
     try:

@@ -60,7 +60,7 @@ def number(name, default, least, most):
 
 
 def one_address(text):
-    """The text, if it is one address, with or without a name. Else any exception."""
+    """The text as a header, if it is one address, or Name <address>; else an error."""
     [(name, address)] = getaddresses([text])
     return formataddr((name, str(Address(addr_spec=address))))
 
@@ -233,8 +233,8 @@ def open_session():
     """Open a session if none is open: encrypted and logged in as the settings say."""
     global smtp
     if refusals:
-        # smtplib does not, if the DATA command was refused. Where the mail server has hung
-        # up since, this makes smtplib close its socket.
+        # smtplib does not, if the DATA command was refused. If the mail server has hung up
+        # since, smtplib now closes its socket.
         with suppress(OSError):
             smtp.rset()
     if smtp and smtp.sock:

@@ -264,7 +264,7 @@ def problem(error):
 @app.errorhandler(psycopg2.Error)
 @app.errorhandler(KombuError)
 def outage(error):
-    """A 503. Nothing is tried again here: what got no answer may have taken effect."""
+    """A 503. We try nothing again: the first try may have worked, though unanswered."""
     # After an error in `with db:`, the ROLLBACK may fail, too, and raise another one.
     cause = error.__context__ or error
     server = "broker" if KombuError in (type(error), type(cause)) else "database"

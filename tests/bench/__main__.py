@@ -5,7 +5,7 @@
     make bench OPTIONS="--only registrations"       one part; --help lists them
     make bench OPTIONS="--huge-pages"               with and without; needs root
     make bench OPTIONS="--program /tmp/changed"     the program in another folder
-    make bench OPTIONS="--against /work/v2/tree"    another version, in turn with it
+    make bench OPTIONS="--against ../version-2"    another version, in turn with it
 
 It prints one table and draws docs/load.svg. It starts servers of its own, and the other
 version beside the program: with the packages of its .venv, and a database, a virtual

@@ -233,8 +233,8 @@ def open_session():
     """Open a session if none is open: encrypted and logged in as the settings say."""
     global smtp
     if refusals:
-        # smtplib does not, if the DATA command was refused. If the mail server has ended
-        # the session since, smtplib now closes its socket.
+        # smtplib does not, if the DATA command was refused. If the mail server has hung
+        # up since, smtplib now closes its socket.
         with suppress(OSError):
             smtp.rset()
     if smtp and smtp.sock:

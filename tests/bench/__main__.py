@@ -475,7 +475,8 @@ def limited(here, seconds, rounds=5):
                        "GRANT ALL ON visits TO registration_api", here.name)
     refused, upserts = [], []
     with another_api(here, IP_LIMIT="60") as api, another_api(here, Limit) as limit:
-        ask(here, "register", 2, port=api.port, statuses=["202", "429"])
+        checked(here.outside.do("closed", what="register", port=api.port, seconds=60,
+                                clients=CALLERS, count=80), ["202", "429"])
         for _ in range(rounds):
             for found, what, port in ((upserts, "upsert", limit.port),
                                       (refused, "register", api.port)):

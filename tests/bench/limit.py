@@ -14,9 +14,11 @@ import time
 import psycopg2
 from flask import Flask
 from nacl import pwhash
+from psycopg2.extensions import set_wait_callback
 
 app = Flask(__name__)
 db = None
+set_wait_callback(None)     # gunicorn.conf.py has imported service.py, which sets one
 
 
 @app.post("/upsert")

@@ -14,6 +14,7 @@ servers/faults.py has the faults, load.py the callers, account.py the table.
 """
 
 import argparse
+import json
 import os
 import random
 import sys
@@ -34,7 +35,7 @@ from servers.faults import (
 from servers.process import tree
 from servers.sink import Sink
 from servers.system import whole_system
-from steps import workers_of
+from steps import wait_until, workers_of
 
 from chaos import disks, load, network
 from chaos.account import account
@@ -141,6 +142,12 @@ def processes(system):
             for pid in tree(each.process.pid)}
 
 
+def jobs_in(rabbitmq):
+    """How many jobs there are still, with those that it has given to a lost consumer."""
+    queues = json.loads(rabbitmq.ctl("list_queues", "--formatter", "json", "messages"))
+    return sum(queue["messages"] for queue in queues)
+
+
 def main():
     parser = argparse.ArgumentParser("chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
@@ -170,6 +177,7 @@ def main():
                                 if options.only in each[0]])
         finally:
             callers.finish()
+        wait_until(lambda: not jobs_in(system.rabbitmq), system.healing)
         failures += account(callers, done, system.postgres.url, [system.api],
                             [system.consumer])
     return "\n".join(failures)

@@ -11,7 +11,6 @@ help:
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
 	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"
 	@echo "             OPTIONS=--disks: while disks are full; as root"
-	@echo "             OPTIONS='--version-1 both', or api, or consumer: of version 1"
 	@echo "make soak       an hour of load with a fault every three minutes: what grows?"
 	@echo "make failover   four minutes of load on a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"

@@ -102,7 +102,7 @@ log = logging.getLogger("consumer")
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # none, but a deadline
+    "x-delivery-limit": 1_000_000,                            # as good as no limit
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
     "x-dead-letter-exchange": "",                             # a rejected job goes to
     "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
@@ -226,15 +226,15 @@ def reply_code(error):
 # -- SMTP ------------------------------------------------------------------------------
 
 smtp = None    # the open session: opening one may take longer than sending a mail
-refusals = 0   # in this session, since the last mail that was accepted
+refusals = 0   # in a row, since the last mail that was accepted
 
 
 def open_session():
     """Open a session if none is open: encrypted and logged in as the settings say."""
     global smtp
     if refusals:
-        # smtplib does not, if the DATA command was refused. If the mail server has hung
-        # up since, smtplib now closes its socket.
+        # Begin anew: smtplib says no RSET if the DATA command was refused. If the mail
+        # server has hung up since, this closes smtplib's socket.
         with suppress(OSError):
             smtp.rset()
     if smtp and smtp.sock:
@@ -252,7 +252,7 @@ def open_session():
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
         session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
     except (OSError, ValueError):
-        time.sleep(RETRY_DELAY)   # however many jobs wait: at most 20 logins a minute
+        time.sleep(RETRY_DELAY)   # at most 20 failed tries a minute, in all
         raise
     smtp = session
 

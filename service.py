@@ -23,9 +23,10 @@ may still fail. If a server fails, or the worker dies, this is left:
     activating: what failed
       before PostgreSQL committed       unchanged    none              503
       the answer to COMMIT was lost     active       none              503, then 409
-      before RabbitMQ had the job       active       none, see log     200
+      publishing                        active       perhaps none      200, see log
 
-A worker that dies gives no answer. In all of these cases the client may try again.
+A worker that dies gives no answer and writes no log line. In each case the client may
+try again.
 """
 
 import hmac
@@ -113,7 +114,7 @@ WEB_CONCURRENCY = number(
     "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 
 MAX_BODY = 4096           # bytes
-REQUEST_TIMEOUT = 2       # seconds until a request has its answers, see time_left()
+REQUEST_TIMEOUT = 2       # seconds for all answers; after publish(), as many for COMMIT
 BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
 SLOW = {"database": 1, "broker": 0.3}   # seconds of one request, see is_slow()
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
@@ -124,7 +125,7 @@ RETRY_AFTER = 10          # seconds, sent with each 503
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # none, but a deadline
+    "x-delivery-limit": 1_000_000,                            # as good as no limit
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
     "x-dead-letter-exchange": "",                             # a rejected job goes to
     "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
@@ -428,7 +429,8 @@ def is_slow(server):
 
 @app.after_request
 def finish(response):
-    """Keep answers out of caches. Log the request without path, query and headers."""
+    """Note which server was slow. Keep answers out of caches. Log the request, without
+    path, query and headers."""
     for server, seconds in g.asked.items():
         if seconds > SLOW[server]:
             slow_until[server] = time.monotonic() + 1
@@ -517,8 +519,8 @@ def tidy():
     """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
     That is more than the requests add, so no cron job is needed. While a backup runs,
-    what is deleted stays in the indexes, and looking for more takes ever longer. After
-    50 ms it gives up: later requests catch up.
+    what is deleted stays in the indexes, and looking for more takes ever longer. When a
+    DELETE takes over 50 ms, neither has an effect: requests after the backup catch up.
     """
     if secrets.randbelow(30):
         return
@@ -676,12 +678,12 @@ def publish(template, email, issued_at, lifetime, **fields):
              "expires_at": issued_at + lifetime, **fields},
             routing_key=MAIL_QUEUE.name, message_id=g.job, mandatory=True,
             timeout=time_left(), confirm_timeout=time_left())
-    g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT gets time of its own
+    g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT has time of its own
 
 
 def publish_confirmation(email):
-    """Publish the confirmation, or log that it is missing: the account is active."""
-    g.deadline = time.monotonic() + 1   # so long an activation waits, if RabbitMQ hangs
+    """Publish the confirmation, or log that none may come: the account is active."""
+    g.deadline = time.monotonic() + 1   # a silent RabbitMQ costs an activation a second
     try:
         open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)

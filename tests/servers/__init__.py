@@ -5,7 +5,7 @@ listens on 127.0.0.1 only, keeps its data below a folder of the caller's, and le
 alone what the system runs. Only for Linux (/proc).
 
     process.py      what any server can do, Server and running(): read it first
-    postgres.py, rabbitmq.py, maildev.py, edge.py (nginx)
+    postgres.py, pgbouncer.py, rabbitmq.py, maildev.py, edge.py (nginx)
     program.py      the API and the consumer
     system.py       all of it together, with the settings: read it second
     install.py      finds and installs what the servers need

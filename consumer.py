@@ -186,6 +186,9 @@ def process(message):
         refusals += 1
         if refusals == REFUSALS or code < 400:   # below 400, it is no refusal
             close_session()
+        else:
+            with suppress(OSError):   # it may have hung up; then smtplib closes, too
+                smtp.rset()   # smtplib does not, if the DATA command was refused
         return ("refused" if code >= 500 else "retry"), error
     except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
         close_session()                      # ValueError: a challenge not in Base64
@@ -226,18 +229,13 @@ def reply_code(error):
 # -- SMTP ------------------------------------------------------------------------------
 
 smtp = None    # the open session: opening one may take longer than sending a mail
-refusals = 0   # in a row, since the last mail that was accepted
+refusals = 0   # in this session, since the last mail that was accepted
 
 
 def open_session():
     """Open a session if none is open: encrypted and logged in as the settings say."""
-    global smtp
-    if refusals:
-        # Begin anew: smtplib says no RSET if the DATA command was refused. If the mail
-        # server has hung up since, this closes smtplib's socket.
-        with suppress(OSError):
-            smtp.rset()
-    if smtp and smtp.sock:
+    global smtp, refusals
+    if smtp and smtp.sock:   # smtplib closes it when the mail server hangs up
         return
     tls = ssl.create_default_context()   # verifies certificates
     server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
@@ -254,15 +252,15 @@ def open_session():
     except (OSError, ValueError):
         time.sleep(RETRY_DELAY)   # at most 20 failed tries a minute, in all
         raise
-    smtp = session
+    smtp, refusals = session, 0
 
 
 def close_session():
     """Close the session without QUIT, which would wait for a server that hangs."""
-    global smtp, refusals
+    global smtp
     if smtp:
         smtp.close()
-    smtp, refusals = None, 0
+    smtp = None
 
 
 # -- The loop --------------------------------------------------------------------------

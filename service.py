@@ -80,10 +80,9 @@ def number(name, default, least, most):
 
 
 def postgresql_url(text):
-    """Whether libpq can use it. If "@" or "/" is not URL-encoded in the password, libpq
-    takes the rest of it for the host, and the log would show that."""
-    parts = parse_dsn(text)
-    return "@" not in "".join(parts.get(key, "") for key in ("host", "port", "dbname"))
+    """Whether libpq can use it. An "@" elsewhere than in user and password would be one
+    that the password did not encode, and errors would show the rest of the password."""
+    return "@" not in str(parse_dsn(text) | {"user": "", "password": ""})
 
 
 def amqp_urls(text):
@@ -116,7 +115,7 @@ WEB_CONCURRENCY = number(
 MAX_BODY = 4096           # bytes
 REQUEST_TIMEOUT = 2       # seconds for all answers; after publish(), as many for COMMIT
 BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
-SLOW = {"database": 1, "broker": 0.3}   # seconds of one request, see is_slow()
+SLOW = {"database": 1, "broker": 0.3}   # seconds of one request, see waiting_for()
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 RETRY_AFTER = 10          # seconds, sent with each 503
@@ -153,8 +152,8 @@ def register():
     429  too many requests from this client or for this address
     503  a server does not answer, or there is too much to do: try again
     """
-    email, password = read_fields(email=canonical_email, password=canonical_password)
-    if is_address(password, email):
+    email, password = read_fields(email=canonical_email, password=acceptable_password)
+    if password.lower() in (email, email.partition("@")[0]):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
     open_database()
     open_broker()
@@ -266,10 +265,10 @@ def problem(error):
 @app.errorhandler(KombuError)
 def outage(error):
     """A 503. We try nothing again: the first try may have worked, though unanswered."""
-    # After an error in `with db:`, the ROLLBACK may fail, too, and raise another one.
-    cause = error.__context__ or error
-    server = "broker" if KombuError in (type(error), type(cause)) else "database"
-    log_outage(server, cause)
+    server = "broker" if isinstance(error, KombuError) else "database"
+    # On a closed connection ROLLBACK fails, too. The error before it says why.
+    closed = isinstance(error, psycopg2.InterfaceError)
+    log_outage(server, closed and error.__context__ or error)
     return problem(ServiceUnavailable(f"The {server} is temporarily unavailable.",
                                       retry_after=RETRY_AFTER))
 
@@ -324,11 +323,16 @@ def canonical_email(text):
 
 
 def canonical_password(text):
-    """NFC (RFC 8265), 8 to 128 code points, none that HTTP Basic forbids (RFC 7617).
+    """The one form in which a password is hashed, however it is typed (RFC 8265)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def acceptable_password(text):
+    """Canonical, 8 to 128 code points, none that HTTP Basic forbids (RFC 7617).
 
     No composition rules; common passwords are refused: NIST SP 800-63B, 5.1.1.2.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = canonical_password(text)
     if not 8 <= len(text) <= 128:
         raise ValueError("must be a string of 8 to 128 characters")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
@@ -336,13 +340,6 @@ def canonical_password(text):
     if text.lower() in COMMON_PASSWORDS:
         raise ValueError("is among the most common passwords")
     return text
-
-
-def is_address(password, email):
-    """Whether the password is the address, however typed, or its local part."""
-    with suppress(ValueError):
-        password = canonical_email(password)
-    return password.lower() in (email, email.partition("@")[0])
 
 
 def four_digits(text):
@@ -353,19 +350,17 @@ def four_digits(text):
 
 
 def read_credentials():
-    """Address and password from HTTP Basic (RFC 7617), or 401.
-
-    403 if they could not be registered, so no account has them.
-    """
+    """Address and password from HTTP Basic (RFC 7617), or 401."""
     basic = None
     with suppress(ValueError):   # Werkzeug raises it if the header is not ASCII
         basic = request.authorization
     if not (basic and basic.type == "basic" and basic.username and basic.password):
         abort(401, "Send the address and the password as HTTP Basic.")
     try:
-        return canonical_email(basic.username), canonical_password(basic.password)
+        email = canonical_email(basic.username)
     except ValueError:
-        abort(403, WRONG)
+        email = ""   # no account has it, so this is a failure like all others
+    return email, canonical_password(basic.password)
 
 
 def client():
@@ -390,9 +385,9 @@ def client():
     return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
-# -- Time: how long a request waits for a server, and how long those behind it wait ----
+# -- Time: a request waits so long for a server, and those behind it do not wait --------
 
-slow_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
+left_alone_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
 
 
 @app.before_request
@@ -400,7 +395,7 @@ def begin():
     """Start the clocks of the request."""
     g.began = time.monotonic()
     g.deadline = g.began + REQUEST_TIMEOUT
-    g.asked = {"database": 0, "broker": 0}   # seconds
+    g.waited = {"database": 0, "broker": 0}   # seconds
 
 
 def time_left():
@@ -409,31 +404,30 @@ def time_left():
 
 
 @contextmanager
-def asking(server):
-    """Add up the seconds that the request spends in such blocks."""
+def waiting_for(server):
+    """Add up how long the request waits. Over SLOW, leave the server alone for a second.
+
+    The requests that queue for this worker are then refused at once. Otherwise each of
+    them would wait for the time-outs of all those before it.
+    """
     began = time.monotonic()
     try:
         yield
     finally:
-        g.asked[server] += time.monotonic() - began
+        now = time.monotonic()
+        g.waited[server] += now - began
+        if g.waited[server] > SLOW[server]:
+            left_alone_until[server] = now + 1
 
 
-def is_slow(server):
-    """Whether to leave the server alone, for a second after a request was over SLOW.
-
-    Otherwise, while a server hangs, the requests that queue for this worker would wait
-    for the time-outs of all those before them.
-    """
-    return time.monotonic() < slow_until[server]
+def is_left_alone(server):
+    """Whether one of this worker's requests has found it slow in the last second."""
+    return time.monotonic() < left_alone_until[server]
 
 
 @app.after_request
 def finish(response):
-    """Note which server was slow. Keep answers out of caches. Log the request, without
-    path, query and headers."""
-    for server, seconds in g.asked.items():
-        if seconds > SLOW[server]:
-            slow_until[server] = time.monotonic() + 1
+    """Keep answers out of caches. Log the request, without path, query and headers."""
     if request.path.startswith("/users/"):
         response.headers["Cache-Control"] = "no-store"
     app.logger.info(
@@ -451,8 +445,8 @@ db = None   # opened by the first request, after gunicorn has forked the worker
 def open_database():
     """Open the connection if there is none, or if it is broken."""
     global db
-    if is_slow("database"):
-        raise psycopg2.OperationalError("slow less than a second ago")
+    if is_left_alone("database"):
+        raise psycopg2.OperationalError("it was slow less than a second ago")
     if db and not db.closed and not is_broken(db):
         return
     # Keepalives (in seconds) find a connection that the network has forgotten, before a
@@ -472,7 +466,7 @@ def wait_for_database(session):
     raises an error, psycopg2 closes the connection."""
     while (state := session.poll()) != POLL_OK:
         reading, writing = ([session], []) if state == POLL_READ else ([], [session])
-        with asking("database"):
+        with waiting_for("database"):
             if not any(select.select(reading, writing, [], time_left())):
                 raise psycopg2.OperationalError("no answer in time")
 
@@ -519,35 +513,45 @@ def tidy():
     """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
     That is more than the requests add, so no cron job is needed. While a backup runs,
-    what is deleted stays in the indexes, and looking for more takes ever longer. When a
-    DELETE takes over 50 ms, neither has an effect: requests after the backup catch up.
+    what is deleted stays in the indexes, and to find more takes ever longer. A DELETE
+    of over 50 ms is given up: requests after the backup catch up.
     """
     if secrets.randbelow(30):
         return
-    with suppress(QueryCanceled), db:
-        execute("SET LOCAL statement_timeout = '50ms'")
-        # Not WHERE ... IN: PostgreSQL might run the inner SELECT for every row.
-        execute("""
-            DELETE FROM limits
-             WHERE ctid = ANY (ARRAY (
-                   SELECT ctid
-                     FROM limits
-                    WHERE expires_at < now()
-                    ORDER BY expires_at
-                    LIMIT 300
-                      FOR UPDATE SKIP LOCKED))   -- a locked row is in use
-            """)
-        execute("""
-            DELETE FROM users
-             WHERE ctid = ANY (ARRAY (
-                   SELECT ctid
-                     FROM users
-                    WHERE activated_at IS NULL
-                      AND registered_at < now() - interval '1 day'
-                    ORDER BY registered_at
-                    LIMIT 300
-                      FOR UPDATE SKIP LOCKED))
-            """)
+    for delete in delete_expired_limits, delete_old_accounts:
+        with suppress(QueryCanceled), db:
+            execute("SET LOCAL statement_timeout = '50ms'")
+            delete()
+
+
+# Not WHERE ... IN (SELECT): PostgreSQL might run that SELECT once for every row.
+
+
+def delete_expired_limits():
+    execute("""
+        DELETE FROM limits
+         WHERE ctid = ANY (ARRAY (
+               SELECT ctid
+                 FROM limits
+                WHERE expires_at < now()
+                ORDER BY expires_at
+                LIMIT 300
+                  FOR UPDATE SKIP LOCKED))   -- a locked row is in use
+        """)
+
+
+def delete_old_accounts():
+    execute("""
+        DELETE FROM users
+         WHERE ctid = ANY (ARRAY (
+               SELECT ctid
+                 FROM users
+                WHERE activated_at IS NULL
+                  AND registered_at < now() - interval '1 day'
+                ORDER BY registered_at
+                LIMIT 300
+                  FOR UPDATE SKIP LOCKED))
+        """)
 
 
 def count_request(name, subject, allowed, seconds, count=1):
@@ -638,6 +642,8 @@ producer = None   # set while the connection is open
 def open_broker():
     """Open the connection if there is none, or if it is broken."""
     global producer
+    if is_left_alone("broker"):
+        raise KombuError("it was slow less than a second ago")
     with broker_errors():
         if producer and not is_broken(broker.connection.sock):
             return
@@ -654,10 +660,8 @@ def broker_errors():
     """Whatever goes wrong in the block becomes a KombuError. The connection is dropped:
     a late answer would be taken for the answer to the next job."""
     global producer
-    if is_slow("broker"):
-        raise KombuError("slow less than a second ago")
     try:
-        with asking("broker"):
+        with waiting_for("broker"):
             yield
     except Exception as error:   # kombu and amqp have no class for all of theirs
         broker.collect()   # close() would wait for RabbitMQ

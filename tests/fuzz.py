@@ -53,7 +53,7 @@ def read_fields(data):
                     "CONTENT_LENGTH": str(len(data))}):
         try:
             email, password = service.read_fields(
-                email=service.canonical_email, password=service.canonical_password)
+                email=service.canonical_email, password=service.acceptable_password)
         except HTTPException as error:
             assert error.code in (400, 413, 422), error.code
             return

@@ -114,6 +114,16 @@ def test_it_verifies_a_hash_that_argon2_cffi_made(service, database, lanes):
     assert [other.status, done.status] == [403, 200]
 
 
+def test_it_knows_a_password_that_has_become_common(service, database):
+    email, code = registered(service)
+    database("UPDATE users SET password_hash = %s WHERE email = %s",
+             [argon2.PasswordHasher().hash("password"), email])
+
+    done = activate(service, email, code, "password")
+
+    assert done.status == 200
+
+
 # -- 401 -------------------------------------------------------------------------------
 
 

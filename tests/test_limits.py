@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from servers.faults import row_locked, table_locked
 from steps import (
+    PASSWORD,
     activate,
     activated,
     at_once,
@@ -178,6 +179,18 @@ def test_it_limits_the_failed_activations_of_a_client(rationed):
     assert problem_in(refused) == 429
     assert HOUR - 100 < int(refused.headers["Retry-After"]) <= HOUR
     assert fail(rationed, fresh_client()) == 403
+
+
+@pytest.mark.parametrize("email, password", [
+    ("no address", PASSWORD), (fresh_email(), "short")])
+def test_it_counts_failures_with_credentials_that_no_account_can_have(
+        rationed, email, password):
+    here = fresh_client()
+
+    statuses = [activate(rationed, email, "1234", password, **here).status
+                for _ in range(3)]
+
+    assert statuses == [403, 403, 429]
 
 
 def test_it_counts_the_failures_of_an_ipv6_network_together(rationed):

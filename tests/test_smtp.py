@@ -76,6 +76,21 @@ def test_it_ends_a_session_after_five_refusals_in_a_row(
     wait_until(lambda: outcomes(new_mailer, message_id) == ["sent"])
 
 
+def test_it_counts_the_refusals_of_a_session_that_the_mail_server_ended_no_longer(
+        new_mailer, job):
+    smtp, broker, good = new_mailer.smtp, new_mailer.broker, fresh_email()
+
+    with held_up(new_mailer, job):
+        for reply in ["550 no"] * 3 + ["421 closing", "550 no"]:
+            address = fresh_email()
+            smtp.replies["RCPT", address] = [reply]
+            put(broker, job | {"email": address})
+        put(broker, job | {"email": good})
+
+    [mail] = arrived(smtp, good)
+    assert mail.client == smtp.clients[1]
+
+
 @pytest.mark.parametrize("count, refusal", [
     (40, "550 unknown"), (20, "450 greylisted")])
 def test_it_does_not_hold_up_others_when_the_mail_server_punishes_refusals(

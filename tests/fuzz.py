@@ -18,6 +18,7 @@ import tempfile
 import unicodedata
 from email import message_from_string
 from pathlib import Path
+from types import SimpleNamespace
 
 import atheris
 from kombu import Message
@@ -61,16 +62,18 @@ def read_fields(data):
 
 
 def read_credentials(data):
-    """A canonical pair, 401 or 403. The header is a pair, or anything."""
+    """A pair in its canonical forms, or 401. The header is a pair, or anything."""
     if data[:1] == b"J":
         data = b"Basic " + base64.b64encode(data[1:])
     with context(HTTP_AUTHORIZATION=data.decode("latin-1")):
         try:
             email, password = service.read_credentials()
         except HTTPException as error:
-            assert error.code in (401, 403), error.code
+            assert error.code == 401, error.code
             return
-    is_canonical(email, password)
+    assert email == "" or service.canonical_email(email) == email, email
+    assert unicodedata.is_normalized("NFC", password), password
+    password.encode()
 
 
 def is_canonical(email, password):
@@ -109,7 +112,8 @@ class Channel:
 
 mails = []
 consumer.open_session = lambda: None
-consumer.send = lambda email, mail: mails.append((email, mail))
+consumer.smtp = SimpleNamespace(
+    sendmail=lambda sender, addresses, mail: mails.append((addresses[0], mail)))
 
 
 def on_message(data):

@@ -162,6 +162,7 @@ def test_it_refuses_activations_in_time_keeps_nothing_and_heals(
 def test_it_activates_in_time_without_a_broker(
         servers, system_of_module, start_service, outage, order):
     api = start_service(BROKER_URL=system_of_module.broker, CODE_LIFETIME="600")
+    wait_until_at_rest(api)     # after the test before this one
     calls = [partial(timed, partial(activate, api, *registered(api)))
              for _ in range(6)]
 
@@ -177,6 +178,7 @@ def test_it_opens_the_connection_anew_for_a_confirmation_when_the_broker_is_back
         servers, system_of_module, start_service):
     api = start_service(BROKER_URL=system_of_module.broker, WEB_CONCURRENCY="1",
                         CODE_LIFETIME="600")
+    wait_until_at_rest(api)
     (first, code), (second, another_code) = registered(api), registered(api)
 
     with down(servers.rabbitmq):
@@ -205,7 +207,7 @@ OF_PUBLISHING = {
 def test_it_counts_nothing_against_an_address_that_it_refuses(
         servers, broker, database, start_service, outage):
     api = start_service(BROKER_URL=broker, WEB_CONCURRENCY="1", EMAIL_LIMIT_HOUR="1")
-    register(api, fresh_email())     # its connections are open now
+    wait_until_at_rest(api)     # its connections are open now
     email = fresh_email()
 
     with outage(servers, broker):

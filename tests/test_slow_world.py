@@ -62,7 +62,8 @@ def test_it_mails_no_live_code_for_a_registration_that_it_refused(
 def test_it_activates_without_a_confirmation_and_logs_which_one_is_missing(
         servers, database, start_service, outage):
     api = start_service(WEB_CONCURRENCY="1")
-    email, code = registered(api)     # its connections are open now
+    wait_until(lambda: is_well(api))     # its connections are open now
+    email, code = registered(api)
 
     with AWAY[outage](servers):
         answer = timed(lambda: activate(api, email, code))
@@ -105,7 +106,7 @@ def is_well(api):
 def test_it_refuses_a_crowd_in_time_while_a_server_is_away(
         servers, start_service, outage):
     api = start_service(WEB_CONCURRENCY="5")
-    assert is_well(api)     # its connections are open now
+    wait_until(lambda: is_well(api))     # its connections are open now
 
     with outage(servers):
         answers = crowd(api)[:60]
@@ -120,7 +121,7 @@ def test_it_answers_a_crowd_in_time_while_each_answer_of_a_server_is_late(
         settings, start_service, setting, seconds):
     with way_to(settings[setting]) as way:
         api = start_service(**{setting: way.url}, WEB_CONCURRENCY="5")
-        assert is_well(api)     # its connections are open now
+        wait_until(lambda: is_well(api))     # its connections are open now
 
         way.seconds = seconds
         answers = crowd(api)
@@ -135,7 +136,7 @@ def test_it_accepts_some_of_a_crowd_while_the_database_is_a_little_late(
         settings, start_service):
     with way_to(settings["DATABASE_URL"]) as way:
         api = start_service(DATABASE_URL=way.url, WEB_CONCURRENCY="5")
-        assert is_well(api)     # its connections are open now
+        wait_until(lambda: is_well(api))     # its connections are open now
 
         way.seconds = 0.25     # seven answers a registration
         answers = crowd(api)
@@ -148,7 +149,7 @@ def test_it_accepts_some_of_a_crowd_while_the_database_is_a_little_late(
 def test_it_refuses_callers_who_never_pause_in_time_while_a_server_is_away(
         servers, start_service, outage):
     api = start_service(WEB_CONCURRENCY="5")
-    assert is_well(api)     # its connections are open now
+    wait_until(lambda: is_well(api))     # its connections are open now
 
     with AWAY[outage](servers):
         answers = insistent_crowd(api, seconds=6)
@@ -163,7 +164,7 @@ def test_it_answers_callers_who_never_pause_in_time_while_a_server_is_late(
         settings, start_service, setting, seconds):
     with way_to(settings[setting]) as way:
         api = start_service(**{setting: way.url}, WEB_CONCURRENCY="5")
-        assert is_well(api)     # its connections are open now
+        wait_until(lambda: is_well(api))     # its connections are open now
 
         way.seconds = seconds
         answers = insistent_crowd(api, seconds=6)

@@ -39,18 +39,21 @@ from dotenv import load_dotenv
 from kombu import Connection, Consumer, Queue
 from kombu.utils.url import parse_url
 
-# -- Settings: environment variables; .env fills in what is not set --------------------
+# -- Settings, read as in service.py ---------------------------------------------------
 
 
-def setting(name, accept, problem, default=None):
-    """The text of an environment variable. The program ends unless accept(text)."""
+def setting(name, accept, fault, default=None):
+    """The text of an environment variable. The program ends unless accept(text).
+
+    An empty variable is one that is not set.
+    """
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
     with suppress(Exception):   # a parser's message may quote a password
         if accept(text):
             return text
-    raise SystemExit(f"{name} {problem}; see .env.example")
+    raise SystemExit(f"{name} {fault}; see .env.example")
 
 
 def number(name, default, least, most):
@@ -102,7 +105,7 @@ log = logging.getLogger("consumer")
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # as good as no limit
+    "x-delivery-limit": 1_000_000,                            # not 20, as in RabbitMQ 4
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
     "x-dead-letter-exchange": "",                             # a rejected job goes to
     "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
@@ -160,41 +163,36 @@ stopping = False   # set by a signal
 
 def on_message(message):
     """Try a job, and settle it as the table at the top says."""
-    if not stopping:   # else it stays unsettled: RabbitMQ gives it to another consumer
-        outcome, error = process(message)
-        settle(message, outcome, error)
-
-
-def process(message):
-    """Try to send the mail of a job: (its outcome, the error behind it or None)."""
     global refusals
+    if stopping:   # without an ack, RabbitMQ gives it to another consumer
+        return
     try:
         job = message.payload
         expires_at = float(job["expires_at"])
         mail = build(job, message.properties["message_id"])
     except Exception as error:   # a malformed job stays malformed
-        return "unreadable", error
+        return settle(message, "unreadable", error)
     if time.time() >= expires_at:
-        return "expired", None
+        return settle(message, "expired")
     try:
         open_session()
         if time.time() >= expires_at:   # the mail server took its time
-            return "expired", None
+            return settle(message, "expired")
         smtp.sendmail(SENDER, [job["email"]], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
-        code = reply_code(error)
+        reply = reply_code(error)
         refusals += 1
-        if refusals == REFUSALS or code < 400:   # below 400, it is no refusal
+        if refusals == REFUSALS or reply < 400:   # below 400, it is no refusal
             close_session()
         else:
-            with suppress(OSError):   # it may have hung up; then smtplib closes, too
-                smtp.rset()   # smtplib does not, if the DATA command was refused
-        return ("refused" if code >= 500 else "retry"), error
+            with suppress(OSError):   # if it has hung up, smtplib closes the session
+                smtp.rset()   # smtplib says none if the DATA command was refused
+        return settle(message, "refused" if reply >= 500 else "retry", error)
     except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
-        close_session()                      # ValueError: a challenge not in Base64
-        return "retry", error
+        close_session()   # ValueError: what the mail server says at login is no Base64
+        return settle(message, "retry", error)
     refusals = 0
-    return "sent", None
+    settle(message, "sent")
 
 
 LEVELS = {"unreadable": logging.ERROR, "expired": logging.WARNING, "sent": logging.INFO,

@@ -6,9 +6,10 @@ import os
 import sys
 import time
 
-from service import LOG_LEVEL, WEB_CONCURRENCY
+from service import LOG_LEVEL, number
 
-workers = WEB_CONCURRENCY        # each handles one request at a time
+# Each handles one request at a time. Each has a connection to PostgreSQL: it allows 100.
+workers = number("WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 backlog = 50 * os.cpu_count()    # requests that queue in the kernel: a second of work
 preload_app = True               # load once, then fork: a wrong setting stops the start
 timeout = 15                     # seconds until a worker that hangs is replaced

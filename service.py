@@ -62,15 +62,18 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 # -- Settings: environment variables; .env fills in what is not set --------------------
 
 
-def setting(name, accept, problem, default=None):
-    """The text of an environment variable. The program ends unless accept(text)."""
+def setting(name, accept, fault, default=None):
+    """The text of an environment variable. The program ends unless accept(text).
+
+    An empty variable is one that is not set.
+    """
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
     with suppress(Exception):   # a parser's message may quote a password
         if accept(text):
             return text
-    raise SystemExit(f"{name} {problem}; see .env.example")
+    raise SystemExit(f"{name} {fault}; see .env.example")
 
 
 def number(name, default, least, most):
@@ -80,8 +83,8 @@ def number(name, default, least, most):
 
 
 def postgresql_url(text):
-    """Whether libpq can use it. An "@" elsewhere than in user and password would be one
-    that the password did not encode, and errors would show the rest of the password."""
+    """Whether libpq can use it. An "@" outside of user and password would be one of the
+    password's, not encoded, and errors would show the rest of the password."""
     return "@" not in str(parse_dsn(text) | {"user": "", "password": ""})
 
 
@@ -98,7 +101,7 @@ SECRET_KEY = setting("SECRET_KEY", lambda text: len(text.encode()) >= 32,
                      "must have 32 characters or more")
 CODE_LIFETIME = number("CODE_LIFETIME", "60", 1, 86400)                # seconds
 CODE_ATTEMPTS = number("CODE_ATTEMPTS", "3", 1, 9999)                  # wrong codes
-# Requests for an address, in an hour or a day.
+# Requests for an address, in an hour or a day. 0 would allow none.
 EMAIL_LIMIT_HOUR = number("EMAIL_LIMIT_HOUR", "5", 0, 10**9)           # register
 EMAIL_LIMIT_DAY = number("EMAIL_LIMIT_DAY", "20", 0, 10**9)            # register
 ACTIVATE_LIMIT_HOUR = number("ACTIVATE_LIMIT_HOUR", "100", 0, 10**9)   # activate
@@ -108,14 +111,11 @@ FAILURE_LIMIT_HOUR = number("FAILURE_LIMIT_HOUR", "20", 0, 10**9)
 TRUSTED_PROXIES = number("TRUSTED_PROXIES", "0", 0, 9)                 # before gunicorn
 LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
                     "must be DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO")
-# gunicorn's workers. Each has a connection to PostgreSQL, which allows 100 by default.
-WEB_CONCURRENCY = number(
-    "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 
 MAX_BODY = 4096           # bytes
-REQUEST_TIMEOUT = 2       # seconds for all answers; after publish(), as many for COMMIT
-BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
-SLOW = {"database": 1, "broker": 0.3}   # seconds of one request, see waiting_for()
+REQUEST_TIMEOUT = 2       # seconds for all answers of PostgreSQL and RabbitMQ, but
+BROKER_TIMEOUT = 0.7      # so many for each answer while RabbitMQ is being connected
+SLOW = {"database": 1, "broker": 0.3}   # seconds of a request, see refuse_if_slow()
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 RETRY_AFTER = 10          # seconds, sent with each 503
@@ -124,7 +124,7 @@ RETRY_AFTER = 10          # seconds, sent with each 503
 
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # as good as no limit
+    "x-delivery-limit": 1_000_000,                            # not 20, as in RabbitMQ 4
     "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
     "x-dead-letter-exchange": "",                             # a rejected job goes to
     "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
@@ -134,7 +134,8 @@ MAIL_QUEUE = Queue("registration.mail", queue_arguments={
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-# Never build a URL from the Host header: a client can forge it.
+# By default, both of these make a URL of the Host header, which a client can forge: a
+# redirect for // in a path, and a link in the page, which the edge keeps for others.
 app.url_map.merge_slashes = False
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
@@ -155,6 +156,7 @@ def register():
     email, password = read_fields(email=canonical_email, password=acceptable_password)
     if password.lower() in (email, email.partition("@")[0]):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
+    refuse_if_slow("database", "broker")
     open_database()
     open_broker()
     tidy()
@@ -163,7 +165,7 @@ def register():
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    # BEGIN here and COMMIT at the end. After an exception there is a ROLLBACK instead,
+    # psycopg2 sends BEGIN here and COMMIT at the end, or after an exception ROLLBACK,
     # which takes back what was counted for the address.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
@@ -171,7 +173,7 @@ def register():
         issued_at = upsert_waiting(email, password_hash, digest(email, code))
         if issued_at:
             publish("code", email, issued_at, CODE_LIFETIME, code=code)
-        else:
+        else:   # the account is active
             publish("notice", email, time.time(), NOTICE_LIFETIME)
     return {"message": "A mail is on its way.", "expires_in": CODE_LIFETIME}, 202
 
@@ -194,25 +196,27 @@ def activate():
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
+    refuse_if_slow("database")
     open_database()
     tidy()
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
     with db:
-        # A failure, until it turns out to be none. The client's row is locked until the
-        # end, so guesses that come together cannot exceed the limit.
+        # Count a failure now; a success takes it back. The client's row is locked until
+        # the end, so guesses that come together cannot exceed the limit.
         count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
         account = select_account(email)
         authenticated = password_matches(account, password)
-        if authenticated and account.activated_at:
-            abort(409, "The account is already active.")
         activated = authenticated and spend_attempt(account, digest(email, code))
         if activated:
             count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, -1)
+        elif authenticated and is_active(account):
+            abort(409, "The account is already active.")   # no failure: ROLLBACK
     # Not in `with db:`, so attempt and failure are committed before abort() raises. A
     # ROLLBACK would forget them, and nobody's guesses would be limited.
     if not activated:
-        abort(403, WRONG)
+        abort(403, "The address, the password or the code is wrong, "
+                   "or the code no longer works.")
     publish_confirmation(email)
     return {"message": "The account is active."}
 
@@ -220,8 +224,9 @@ def activate():
 @app.get("/healthz")
 def healthz():
     """200 if both servers answer, else 503 naming the one that does not."""
+    refuse_if_slow("database", "broker")
     open_database()
-    tidy()   # so a service that nobody uses forgets, too
+    tidy()   # so that old rows go even if nobody registers
     execute("SELECT 1")
     open_broker()
     with broker_errors():
@@ -242,9 +247,6 @@ def docs():
 
 
 # -- Every error of the app leaves here, as problem details (RFC 9457) -----------------
-
-WRONG = "The address, the password or the code is wrong, or the code no longer works."
-
 
 @app.errorhandler(HTTPException)
 def problem(error):
@@ -269,8 +271,12 @@ def outage(error):
     # On a closed connection ROLLBACK fails, too. The error before it says why.
     closed = isinstance(error, psycopg2.InterfaceError)
     log_outage(server, closed and error.__context__ or error)
-    return problem(ServiceUnavailable(f"The {server} is temporarily unavailable.",
-                                      retry_after=RETRY_AFTER))
+    return problem(unavailable(server))
+
+
+def unavailable(server):
+    return ServiceUnavailable(f"The {server} is temporarily unavailable.",
+                              retry_after=RETRY_AFTER)
 
 
 def log_outage(server, error):
@@ -385,9 +391,9 @@ def client():
     return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
-# -- Time: a request waits so long for a server, and those behind it do not wait --------
+# -- Time-outs: how long a request waits for a server, and when it does not try --------
 
-left_alone_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
+slow_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
 
 
 @app.before_request
@@ -399,17 +405,13 @@ def begin():
 
 
 def time_left():
-    """Seconds to wait for an answer. Past the deadline, enough for a quick ROLLBACK."""
+    """Seconds to wait for an answer: at least 0.1, so that ROLLBACK can finish."""
     return max(0.1, g.deadline - time.monotonic())
 
 
 @contextmanager
 def waiting_for(server):
-    """Add up how long the request waits. Over SLOW, leave the server alone for a second.
-
-    The requests that queue for this worker are then refused at once. Otherwise each of
-    them would wait for the time-outs of all those before it.
-    """
+    """Add up how long the request waits for the server, in vain or not."""
     began = time.monotonic()
     try:
         yield
@@ -417,12 +419,22 @@ def waiting_for(server):
         now = time.monotonic()
         g.waited[server] += now - began
         if g.waited[server] > SLOW[server]:
-            left_alone_until[server] = now + 1
+            slow_until[server] = now + 1
 
 
-def is_left_alone(server):
-    """Whether one of this worker's requests has found it slow in the last second."""
-    return time.monotonic() < left_alone_until[server]
+def refuse_if_slow(*servers):
+    """503 for a second after a request of this worker has waited longer than SLOW.
+
+    Otherwise each request that queues for the worker would wait for the time-outs of
+    all those before it.
+    """
+    for server in servers:
+        if is_slow(server):
+            raise unavailable(server)
+
+
+def is_slow(server):
+    return time.monotonic() < slow_until[server]
 
 
 @app.after_request
@@ -445,27 +457,26 @@ db = None   # opened by the first request, after gunicorn has forked the worker
 def open_database():
     """Open the connection if there is none, or if it is broken."""
     global db
-    if is_left_alone("database"):
-        raise psycopg2.OperationalError("it was slow less than a second ago")
     if db and not db.closed and not is_broken(db):
         return
     # Keepalives (in seconds) find a connection that the network has forgotten, before a
-    # request needs it. What else a session needs is set for the role, in schema.sql.
+    # request needs it. schema.sql sets the time-outs of a session, for the role.
     db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor,
                           keepalives_idle=30, keepalives_interval=5, keepalives_count=2)
     db.autocommit = True   # but `with db:` is a transaction, since psycopg2 2.9
 
 
 def is_broken(connection):
-    """Whether there is something to read: nothing should come on an idle connection."""
+    """Whether there is something to read. A server says nothing on an idle connection,
+    but that it closes it."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
-def wait_for_database(session):
+def wait_for_database(conn):
     """psycopg2 calls this to wait for an answer: libpq has no time-out for that. If it
     raises an error, psycopg2 closes the connection."""
-    while (state := session.poll()) != POLL_OK:
-        reading, writing = ([session], []) if state == POLL_READ else ([], [session])
+    while (state := conn.poll()) != POLL_OK:
+        reading, writing = ([conn], []) if state == POLL_READ else ([], [conn])
         with waiting_for("database"):
             if not any(select.select(reading, writing, [], time_left())):
                 raise psycopg2.OperationalError("no answer in time")
@@ -513,8 +524,8 @@ def tidy():
     """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
     That is more than the requests add, so no cron job is needed. While a backup runs,
-    what is deleted stays in the indexes, and to find more takes ever longer. A DELETE
-    of over 50 ms is given up: requests after the backup catch up.
+    VACUUM cannot remove what was deleted, and a DELETE has to skip ever more of it. It
+    gives up after 50 ms; requests after the backup catch up.
     """
     if secrets.randbelow(30):
         return
@@ -524,10 +535,8 @@ def tidy():
             delete()
 
 
-# Not WHERE ... IN (SELECT): PostgreSQL might run that SELECT once for every row.
-
-
 def delete_expired_limits():
+    # Not WHERE ... IN (SELECT): PostgreSQL might run that SELECT once for every row.
     execute("""
         DELETE FROM limits
          WHERE ctid = ANY (ARRAY (
@@ -555,10 +564,10 @@ def delete_old_accounts():
 
 
 def count_request(name, subject, allowed, seconds, count=1):
-    """Count a request of a client or for an address in a fixed window, or 429.
+    """Count a request of a client or for an address. If there are too many, 429.
 
-    allowed is the number of requests in a window, which lasts so many seconds. A count
-    of -1 takes one back.
+    allowed is the number of requests in a fixed window, which lasts so many seconds. A
+    count of -1 takes one back.
     """
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
@@ -601,7 +610,7 @@ def upsert_waiting(email, password_hash, code_digest):
 def select_account(email):
     """The account of an address, or None."""
     return execute("""
-        SELECT email, password_hash, activated_at
+        SELECT email, password_hash
           FROM users
          WHERE email = %(email)s
         """, email=email).fetchone()
@@ -628,6 +637,20 @@ def spend_attempt(account, code_digest):
     return bool(row and row.activated_at)
 
 
+def is_active(account):
+    """Whether it is active, with the hash that was verified.
+
+    Asked after spend_attempt(), which waits for one that activates it at the same time.
+    """
+    return execute("""
+        SELECT activated_at
+          FROM users
+         WHERE email = %(email)s
+           AND password_hash = %(password_hash)s
+           AND activated_at IS NOT NULL
+        """, email=account.email, password_hash=account.password_hash).fetchone()
+
+
 # -- RabbitMQ: the worker's connection, and publishing ---------------------------------
 
 broker = Connection(
@@ -642,13 +665,11 @@ producer = None   # set while the connection is open
 def open_broker():
     """Open the connection if there is none, or if it is broken."""
     global producer
-    if is_left_alone("broker"):
-        raise KombuError("it was slow less than a second ago")
     with broker_errors():
         if producer and not is_broken(broker.connection.sock):
             return
         broker.collect()
-        other_hosts = BROKER_URL.count(";")   # kombu counts what follows the first
+        other_hosts = BROKER_URL.count(";")   # each is tried once
         broker.ensure_connection(
             max_retries=other_hosts, interval_start=0, interval_step=0)
         MAIL_QUEUE.declare(channel=broker.default_channel)
@@ -681,7 +702,8 @@ def publish(template, email, issued_at, lifetime, **fields):
             {"template": template, "email": email, "issued_at": issued_at,
              "expires_at": issued_at + lifetime, **fields},
             routing_key=MAIL_QUEUE.name, message_id=g.job, mandatory=True,
-            timeout=time_left(), confirm_timeout=time_left())
+            # If connecting took the time, enough for a slow RabbitMQ.
+            confirm_timeout=max(BROKER_TIMEOUT, time_left()))
     g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT has time of its own
 
 
@@ -689,6 +711,8 @@ def publish_confirmation(email):
     """Publish the confirmation, or log that none may come: the account is active."""
     g.deadline = time.monotonic() + 1   # a silent RabbitMQ costs an activation a second
     try:
+        if is_slow("broker") and not producer:   # or each activation would try, in vain
+            raise KombuError("it did not answer less than a second ago")
         open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)
     except KombuError as error:

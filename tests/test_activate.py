@@ -6,6 +6,7 @@ from functools import partial
 
 import argon2
 import pytest
+from servers.faults import row_locked, statements_waiting
 from steps import (
     ACTIVATE,
     JSON,
@@ -15,6 +16,7 @@ from steps import (
     at_once,
     basic,
     code_mailed_to,
+    fresh_client,
     fresh_email,
     mailed_to,
     problem_in,
@@ -70,6 +72,20 @@ def test_it_takes_a_code_once(service):
 
     assert [first.status, second.status] == [200, 409]
     assert problem_in(second) == 409
+
+
+def test_it_answers_409_to_the_second_of_two_clients_who_send_the_pair_at_once(
+        servers, start_service):
+    api = start_service(TRUSTED_PROXIES="1")
+    email, code = registered(api)
+    clients = [fresh_client(), fresh_client()]
+
+    with ThreadPoolExecutor() as threads, row_locked(servers.postgres, email):
+        answers = [threads.submit(activate, api, email, code, **client)
+                   for client in clients]
+        wait_until(lambda: statements_waiting(servers.postgres) == 2)
+
+    assert sorted(answer.result().status for answer in answers) == [200, 409]
 
 
 def test_it_answers_409_whatever_the_code_once_the_account_is_active(service):

@@ -29,8 +29,8 @@ def statement_of(function):
     return call.args[0].value
 
 
-UPSERT, SELECT, SPEND, COUNT = map(statement_of, [
-    "upsert_waiting", "select_account", "spend_attempt", "count_request"])
+UPSERT, SELECT, SPEND, ACTIVE, COUNT = map(statement_of, [
+    "upsert_waiting", "select_account", "spend_attempt", "is_active", "count_request"])
 
 
 def pair(password, code):
@@ -59,20 +59,22 @@ class Register:
 class Activate:
     """Tries the password of one registration with the code of another."""
 
-    steps = 2
+    steps = 2     # and one more at the end, if it did not activate
 
     def __init__(self, password, code):
         self.password, self.code = password, code
 
     def run(self):
-        self.compared = self.activated = False
+        self.compared = self.activated = self.too_late = False
         account = yield SELECT, {}
         values = pair(self.password, self.code)
-        # As in activate(): for another password 403, for an active account 409.
-        if account and account[1] == values["password_hash"] and not account[2]:
+        self.authenticated = account[1] == values["password_hash"]    # otherwise 403
+        if self.authenticated:
             row = yield SPEND, values
             self.compared = row is not None
             self.activated = bool(row and row[0])
+            if not self.activated:
+                self.too_late = (yield ACTIVE, values) is not None    # 409
 
 
 class Guess(Activate):
@@ -80,21 +82,18 @@ class Guess(Activate):
 
     def __init__(self, password, code):
         super().__init__(password, code)
-        self.steps = 5 if code == WRONG else 6
+        self.steps = 6
 
     def run(self):
-        self.compared = self.activated = self.failed = False
+        self.compared = self.activated = self.too_late = self.failed = False
         yield "BEGIN", {}
         if (yield COUNT, more(1))[0] > FAILURES:    # as in activate(): 429
             yield "ROLLBACK", {}
             return
-        account = yield SELECT, {}
-        if account[2]:                              # 409
+        yield from super().run()
+        if self.too_late:
             yield "ROLLBACK", {}
             return
-        row = yield SPEND, pair(self.password, self.code)
-        self.compared = row is not None
-        self.activated = bool(row and row[0])
         if self.activated:
             yield COUNT, more(-1)
         yield "COMMIT", {}
@@ -254,6 +253,10 @@ def test_it_activates_once_one_pair_within_the_attempts_in_any_order(
         assert bool(activated_at) == (active or len(winners) == 1), order
         assert all(each.password == each.code == number for each in winners), order
         assert number == 0 or not active, order     # nothing about it has changed
+        if activated_at:
+            assert all(each.activated or each.too_late for each in tries
+                       if each.authenticated and each.password == each.code == number
+                       ), order
         for each in {actor.password for actor in tries}:
             compared = sum(actor.compared for actor in tries if actor.password == each)
             assert compared <= ALLOWED - (attempts if each == 0 else 0), order

@@ -22,6 +22,7 @@ from steps import (
     at_once,
     code_mailed_to,
     fresh_email,
+    mailed_to,
     refused_in_time,
     register,
     registered,
@@ -74,6 +75,32 @@ def test_it_activates_without_a_confirmation_and_logs_which_one_is_missing(
     [request] = events(api.log, event="request", route="/users/activate")
     assert len(request["job"]) > 8
     assert events(api.log, event="outage", server="broker", job=request["job"])
+
+
+def test_it_accepts_registrations_over_a_slow_broker_that_it_has_to_connect_to(
+        servers, start_service):
+    with way_to(servers.rabbitmq.url) as way:
+        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
+        way.answers = 0
+        register(api, fresh_email())     # now it needs a new connection
+        way.answers, way.seconds = None, 0.4     # two seconds until it is there
+
+        accepted = timed(lambda: register(api, fresh_email()))
+
+        assert accepted.status == 202 and accepted.seconds < 5
+
+
+def test_it_mails_confirmations_over_a_slow_broker(servers, start_service):
+    with way_to(servers.rabbitmq.url) as way:
+        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
+        pairs = [registered(api) for _ in range(3)]
+        way.seconds = 0.4
+
+        answers = [activate(api, *pair).status for pair in pairs]
+
+        assert answers == [200] * 3
+        for email, _ in pairs:
+            assert mailed_to(api, email, 2)["subject"] == "Your account is active"
 
 
 # -- In time, however many callers wait ------------------------------------------------

@@ -114,8 +114,8 @@ MAIL_QUEUE = Queue("registration.mail", queue_arguments={
 RETRY_QUEUE = Queue("registration.retry", queue_arguments={
     "x-queue-type": "quorum", "x-overflow": "reject-publish",  # for at-least-once
     "x-message-ttl": 1000 * RETRY_DELAY,                      # milliseconds; then back
-    "x-dead-letter-exchange": "",
-    "x-dead-letter-routing-key": "registration.mail",
+    "x-dead-letter-exchange": "",                             # RabbitMQ lets a job go
+    "x-dead-letter-routing-key": "registration.mail",         # round: a reject began it
     "x-dead-letter-strategy": "at-least-once"})
 
 # -- The three mails -------------------------------------------------------------------
@@ -236,19 +236,19 @@ def open_session():
     if smtp and smtp.sock:   # smtplib closes it when the mail server hangs up
         return
     tls = ssl.create_default_context()   # verifies certificates
-    server = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
-              "local_hostname": DOMAIN}   # for EHLO: relays distrust a container's name
+    options = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
+               "local_hostname": DOMAIN}   # in EHLO: relays distrust a container's name
     try:
-        session = (smtplib.SMTP_SSL(**server, context=tls) if SMTP_TLS == "tls"
-                   else smtplib.SMTP(**server))
+        session = (smtplib.SMTP_SSL(**options, context=tls) if SMTP_TLS == "tls"
+                   else smtplib.SMTP(**options))
         session.sock.settimeout(SMTP_TIMEOUT)
         if SMTP_TLS == "starttls":
             session.starttls(context=tls)
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
-        session.ehlo_or_helo_if_needed()   # now, before process() looks at the clock
+        session.ehlo_or_helo_if_needed()   # else sendmail() would, past the deadline
     except (OSError, ValueError):
-        time.sleep(RETRY_DELAY)   # at most 20 failed tries a minute, in all
+        time.sleep(RETRY_DELAY)   # a wrong password is tried at most 20 times a minute
         raise
     smtp, refusals = session, 0
 
@@ -264,7 +264,7 @@ def close_session():
 # -- The loop --------------------------------------------------------------------------
 
 
-def stop(number, frame):
+def stop(signal_number, frame):
     """SIGTERM or Ctrl-C: finish the mail in progress, then end."""
     global stopping
     stopping = True
@@ -289,7 +289,7 @@ def consume(connection):
         try:
             connection.drain_events(timeout=1)   # calls on_message for a new job
         except TimeoutError:
-            close_session()   # idle: the mail server would close it anyway
+            close_session()   # idle, and the mail server may not like that
         connection.heartbeat_check()
     consumer.cancel()   # when this round trip returns, RabbitMQ has our acks
 
@@ -305,7 +305,7 @@ def main():
             ssl=BROKER_URL.startswith("amqps:") and {"server_hostname": None},
             transport_options={"read_timeout": 5, "write_timeout": 5})
         try:
-            other_hosts = BROKER_URL.count(";")   # kombu counts what follows the first
+            other_hosts = BROKER_URL.count(";")   # each is tried once
             connection.ensure_connection(
                 max_retries=other_hosts, interval_start=0, interval_step=0)
             consume(connection)

@@ -15,15 +15,16 @@ Registering publishes the job before it commits: no account waits for a code tha
 RabbitMQ does not have. Activating commits before it publishes: no mail announces what
 may still fail. If a server fails, or the worker dies, this is left:
 
-    registering: what failed            account      mail              answer
-      before RabbitMQ had the job       unchanged    none              503
-      before PostgreSQL committed       unchanged    a code of no use  503
-      the answer to COMMIT was lost     waiting      a code that works 503
+    registering: what failed    account      mail                        answer
+      before publishing         unchanged    none                        503
+      publishing                unchanged    perhaps a code of no use    503
+      COMMIT                    unchanged    a code of no use            503
+      the answer to COMMIT      waiting      a code that works           503
 
     activating: what failed
-      before PostgreSQL committed       unchanged    none              503
-      the answer to COMMIT was lost     active       none              503, then 409
-      publishing                        active       perhaps none      200, see log
+      COMMIT, or before it      unchanged    none                        503
+      the answer to COMMIT      active       none                        503, later 409
+      publishing                active       perhaps none                200, see log
 
 A worker that dies gives no answer and writes no log line. In each case the client may
 try again.
@@ -160,8 +161,9 @@ def register():
     open_database()
     open_broker()
     tidy()
-    # The hash costs most, so the client's limit comes before it, and commits at once.
-    # The address's limits come after it, since their rows are locked until COMMIT.
+    # The hash costs most, so the client's limit comes before it. Outside of `with db:` a
+    # statement commits at once. The address's limits come after the hash, since their
+    # rows are locked until COMMIT.
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
@@ -305,7 +307,7 @@ def read_fields(**checks):
     try:
         body = json.loads(request.get_data().decode())   # UTF-8, by RFC 8259
     except (ValueError, RecursionError, ParseException):
-        # Not JSON; too deeply nested; a malformed chunk, for which gunicorn raises it.
+        # Not JSON; too deeply nested; a malformed chunk, where gunicorn raises its own.
         abort(400, "The body cannot be read as JSON.")
     values, errors = [], []
     for field, check in checks.items():
@@ -377,7 +379,7 @@ def client():
     a quotation mark, which a client may send.)
     """
     forwarded = request.headers.get("X-Forwarded-For", "")
-    hops = [*forwarded.split(","), request.remote_addr]
+    hops = [*forwarded.split(","), request.remote_addr]   # the last one connected to us
     try:
         hop = hops[-1 - TRUSTED_PROXIES].strip()
         if "[" in hop or hop.count(":") == 1:

@@ -161,7 +161,7 @@ def register():
     open_database()
     open_broker()
     tidy()
-    # The hash costs most, so the client's limit comes before it. Outside of `with db:` a
+    # The hash costs most, so the client's limit comes before it. Outside `with db:` each
     # statement commits at once. The address's limits come after the hash, since their
     # rows are locked until COMMIT.
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)

@@ -155,7 +155,7 @@ def register():
     503  a server does not answer, or there is too much to do: try again
     """
     email, password = read_fields(email=canonical_email, password=acceptable_password)
-    if password.lower() in (email, email.partition("@")[0]):
+    if is_address(password, email):
         abort(422, [{"field": "password", "detail": "must not be your address"}])
     refuse_if_slow("database", "broker")
     open_database()
@@ -348,6 +348,13 @@ def acceptable_password(text):
     if text.lower() in COMMON_PASSWORDS:
         raise ValueError("is among the most common passwords")
     return text
+
+
+def is_address(password, email):
+    """Whether the password is the address, however typed, or its local part."""
+    with suppress(ValueError):
+        password = canonical_email(password)
+    return password.lower() in (email, email.partition("@")[0])
 
 
 def four_digits(text):

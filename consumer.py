@@ -74,7 +74,7 @@ def amqp_urls(text):
     return schemes <= {"amqp", "amqps"}
 
 
-load_dotenv()
+load_dotenv(interpolate=False)
 BROKER_URL = setting("BROKER_URL", amqp_urls, "is no AMQP URL")
 SMTP_HOST = setting("SMTP_HOST", lambda text: text.encode("idna"), "is no host name",
                     "localhost")

@@ -6,6 +6,9 @@ import os
 import sys
 import time
 
+import psycopg2
+
+import service
 from service import LOG_LEVEL, number
 
 # Each handles one request at a time. Each has a connection to PostgreSQL: it allows 100.
@@ -15,8 +18,19 @@ preload_app = True               # load once, then fork: a wrong setting stops t
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
 control_socket_disable = True    # nobody uses it, and it is a file to write
+limit_request_field_size = 16384   # bytes: cookies of other pages may be large
 secure_scheme_headers = {}       # or it refuses requests whose proxies disagree
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # in memory
+
+
+def post_worker_init(worker):
+    """Connect a worker to PostgreSQL at once: the log shows at the start if it cannot."""
+    with service.app.app_context():
+        service.begin()
+        try:
+            service.open_database()
+        except psycopg2.Error as error:
+            service.log_outage("database", error)
 
 
 class Logfmt(logging.Formatter):

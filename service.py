@@ -95,7 +95,7 @@ def amqp_urls(text):
     return schemes <= {"amqp", "amqps"}
 
 
-load_dotenv()
+load_dotenv(interpolate=False)
 DATABASE_URL = setting("DATABASE_URL", postgresql_url, "is no PostgreSQL URL")
 BROKER_URL = setting("BROKER_URL", amqp_urls, "is no AMQP URL")
 SECRET_KEY = setting("SECRET_KEY", lambda text: len(text.encode()) >= 32,

@@ -1,4 +1,4 @@
-"""The docs page as a person uses it: in Chromium, with Try it out and Authorize.
+"""The docs page, and a page that registers, as a person uses them: in Chromium.
 
 SCREENSHOT=docs/swagger.png keeps a picture of how it ends.
 """
@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import sync_playwright
 from servers.install import find, install_missing
-from steps import PASSWORD, code_mailed_to, fresh_email
+from servers.process import TOP
+from steps import ACTIVATE, PASSWORD, code_mailed_to, fresh_email, mailed_to, wrong
+from steps.readme import page_functions
 
 FLAGS = [
     "--no-sandbox",                    # root has none
@@ -81,3 +83,83 @@ def test_it_registers_and_activates_on_its_docs_page(service, page):
 
     assert (accepted, done) == ("202", "200")
     assert page.hosts == {urlsplit(service.url).netloc}
+
+
+# -- A page that registers -------------------------------------------------------------
+
+
+@pytest.fixture
+def signup(service, page):
+    """A page on the API's own origin, with the functions that the README shows.
+
+    signup.dialogs are the login dialogs that Chromium would have opened.
+    """
+    page.goto(f"{service.url}/healthz")
+    page.set_content((TOP / "tests/signup.html").read_text().replace(
+        "FUNCTIONS", page_functions()))
+    page.dialogs = []
+    cdp = page.context.new_cdp_session(page)
+    cdp.on("Fetch.requestPaused", lambda event: cdp.send(
+        "Fetch.continueRequest", {"requestId": event["requestId"]}))
+    cdp.on("Fetch.authRequired", lambda event: (
+        page.dialogs.append(event["request"]["url"]),
+        cdp.send("Fetch.continueWithAuth", {
+            "requestId": event["requestId"],
+            "authChallengeResponse": {"response": "CancelAuth"}})))
+    cdp.send("Fetch.enable", {"handleAuthRequests": True})
+    return page
+
+
+def press(page, button, **fields):
+    """Fills in the fields and presses a button; returns the answer."""
+    for field, text in fields.items():
+        page.locator(f"#{field}").fill(text)
+    page.get_by_role("button", name=button).click()
+    page.wait_for_function("document.querySelector('output').textContent")
+    return json.loads(page.locator("output").inner_text())
+
+
+def test_a_page_registers_and_activates(service, signup):
+    email = fresh_email()
+
+    accepted = press(signup, "Send a code", email=email, password="größer als früher")
+    code = code_mailed_to(service, email)
+    failed = press(signup, "Activate", code=wrong(code))
+    sent_again = press(signup, "Send a code")
+    newest = code_mailed_to(service, email, 2)
+    done = press(signup, "Activate", code=newest)
+    again = press(signup, "Activate")
+
+    answers = accepted, failed, sent_again, done, again
+    assert [answer["status"] for answer in answers] == [202, 403, 202, 200, 409]
+    assert accepted["expires_in"] == 60
+    assert mailed_to(service, email, 3)
+    assert not signup.dialogs
+
+
+def test_a_page_shows_which_field_is_not_acceptable(signup):
+    refused = press(signup, "Send a code", email="nobody", password="short")
+
+    assert refused["status"] == 422
+    assert [error["field"] for error in refused["errors"]] == ["email", "password"]
+
+
+def test_a_page_learns_when_to_try_again(start_service, page):
+    api = start_service(IP_LIMIT="0")
+    page.goto(f"{api.url}/healthz")
+    page.set_content((TOP / "tests/signup.html").read_text().replace(
+        "FUNCTIONS", page_functions()))
+
+    refused = press(page, "Send a code", email=fresh_email(), password=PASSWORD)
+
+    assert refused["status"] == 429
+    assert int(refused["wait"]) > 0
+
+
+def test_a_401_would_open_a_dialog_if_the_page_sent_the_browsers_credentials(signup):
+    for credentials in "omit", "same-origin":
+        signup.evaluate("""([path, credentials]) => fetch(path, {
+            method: "PATCH", credentials, body: "{}"}).catch(() => {})""",
+            [ACTIVATE, credentials])
+
+    assert len(signup.dialogs) == 1     # so the test above would see it

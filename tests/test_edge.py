@@ -170,9 +170,11 @@ def test_it_answers_others_while_240_connections_trickle(edge):
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),      # TLS
     (b"GET / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: a\r\nb c: d\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 5000 + b"\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: aaaaaaaaa\r\n" * 1500 + b"\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 20_000 + b"\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: aaaaaaaaa\r\n" * 6000 + b"\r\n", 400),
     (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+    (b"GET /docs/?" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+    (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
     (POST + b"Content-Length: 20000\r\n\r\n" + b"a" * 20000, 413),
     (POST + b"Transfer-Encoding: chunked\r\n\r\n5000\r\n" + b"a" * 0x5000, 413),
     (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
@@ -185,6 +187,13 @@ def test_its_own_errors_are_problems_too(edge, request_, status):
 
     assert problem_in(answer) == status
     assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("size", [3900, 8000])
+def test_it_takes_the_cookies_of_a_site_with_many(edge, size):
+    answer = register(edge, fresh_email(), Cookie="a=" + "a" * size)
+
+    assert answer.status == 202
 
 
 @pytest.mark.parametrize("path", [REGISTER, ACTIVATE, "/openapi.yaml", "/docs/"])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pytest
 from servers.process import TOP
@@ -161,6 +162,17 @@ def test_it_reads_dotenv(copy, command):
 
     assert code != 0
     assert line.split()[0] in wrong
+
+
+@pytest.mark.parametrize("module, name", [
+    ("service", "SECRET_KEY"), ("consumer", "SMTP_PASSWORD")])
+def test_it_reads_what_is_between_single_quotes_as_it_is(copy, module, name):
+    value = "of $32 characters, ${HOME} and $$ # too"
+    write_dotenv(copy, **GOOD | {name: value})
+
+    result = run([sys.executable, "-c", f"import {module} as m; print(m.{name})"], copy)
+
+    assert result == (0, [value])
 
 
 def test_it_lets_the_environment_override_dotenv(copy):

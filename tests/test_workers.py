@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from servers.faults import cut_connections, cut_sessions
+from servers.faults import crowded, cut_connections, cut_sessions
 from steps import (
     activate,
     at_once,
@@ -27,6 +27,15 @@ def test_it_has_two_workers_for_each_core_and_one_more(default_api):
         at_once(*[partial(register, api, fresh_email())] * 50)     # no more come
 
         assert len(workers_of(api)) == expected
+
+
+def test_a_worker_that_gets_no_session_says_so_before_its_first_request(
+        servers, start_service):
+    with crowded(servers.postgres):
+        api = start_service(WEB_CONCURRENCY="1")     # it is asked for its health, too
+
+    log = api.log.read_text()
+    assert "too many connections for role" in log.partition("event=request")[0]
 
 
 @pytest.fixture

@@ -5,19 +5,24 @@ Each has a project name and ports of its own, so that nothing of yours is touche
 
 import json
 import os
+import re
 import shutil
+import ssl
 import subprocess
 import urllib.request
 import uuid
+from http.client import HTTPSConnection
 
 import pytest
-from servers.process import TOP, free_port
-from steps import fresh_email, register
+from servers.install import find, install_missing
+from servers.process import TOP, Server, free_port, says
+from steps import ACTIVATE, JSON, basic, fresh_email, register, wait_until
 from steps.readme import break_it, script_of, shape
 
 PRODUCTION = {
-    "SECRET_KEY": "only for the tests, 32 characters and more",
+    "SECRET_KEY": "only for the tests, $32 ${characters} # and more",
     "MAIL_FROM": "registration@example.com", "SMTP_HOST": "mail.example.com",
+    "TRUSTED_PROXIES": "2",
     "POSTGRES_PASSWORD": uuid.uuid4().hex, "RABBITMQ_PASSWORD": uuid.uuid4().hex}
 SECTION = break_it()
 
@@ -65,7 +70,10 @@ def docker():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A fresh clone, with what is not committed yet: no .env, nothing set up."""
+    """A fresh clone, with what is not committed yet: no .env, nothing set up.
+
+    As with umask 027: who is not in our group may not read it.
+    """
     folder = tmp_path_factory.mktemp("clone")
     files = subprocess.check_output(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -73,6 +81,8 @@ def clone(tmp_path_factory):
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(TOP / file, folder / file)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o750 if path.is_dir() else 0o640)
     return folder
 
 
@@ -97,6 +107,15 @@ def start_production(clone):
     for stack in stacks:
         stack.env |= PRODUCTION
         stack.down()
+
+
+@pytest.fixture(scope="module")
+def production(clone):
+    """Production with the settings that it requires and no other."""
+    stack = Stack(clone, "docker-compose.yml", **PRODUCTION)
+    stack.up()
+    yield stack
+    stack.down()
 
 
 def published(stack):
@@ -178,13 +197,117 @@ def test_production_names_a_setting_that_is_missing(start_production, name, how)
     assert not stack.containers()
 
 
-def test_production_starts_with_five_settings(start_production):
-    stack = start_production(**PRODUCTION)
+def test_production_starts_with_the_settings_that_it_requires(production):
+    assert register(production, fresh_email()).status == 202
+    assert published(production) == {("edge", "127.0.0.1")}
 
-    stack.up()
 
-    assert register(stack, fresh_email()).status == 202
-    assert published(stack) == {("edge", "127.0.0.1")}
+def test_brokers_user_is_no_administrator(production):
+    users = production.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_users",
+                               "--formatter", "json").stdout
+
+    assert [user["user"] for user in json.loads(users)] == ["registration"]
+    assert "administrator" not in users
+
+
+def test_it_becomes_healthy_where_containers_are_told_of_a_proxy(clone, tmp_path):
+    """As ~/.docker/config.json can tell them; nothing listens at this one."""
+    services = ["postgres", "rabbitmq", "api", "consumer", "edge", "maildev"]
+    proxy = {"environment": {"http_proxy": "http://127.0.0.1:1",
+                             "HTTP_PROXY": "http://127.0.0.1:1"}}
+    (tmp_path / "proxy.yml").write_text(
+        json.dumps({"services": dict.fromkeys(services, proxy)}))
+    stack = Stack(clone, "docker-compose.yml", "docker-compose.override.yml",
+                  str(tmp_path / "proxy.yml"))
+
+    stack.up()      # it waits until all of them are healthy
+
+    stack.down()
+
+
+def test_edge_finds_a_second_api_and_does_without_the_first(production):
+    production.compose("up", "--scale", "api=2", "--no-recreate", "--wait", "--detach")
+
+    def asked():
+        assert register(production, fresh_email()).status == 202
+        log = production.compose("logs", "--no-color", "api").stdout
+        return set(re.findall(r"^(api-\d) .*route=/users/register", log, re.MULTILINE))
+
+    wait_until(lambda: asked() == {"api-1", "api-2"})
+    project = production.env["COMPOSE_PROJECT_NAME"]
+    production.run(["docker", "kill", f"{project}-api-1"])
+
+    answers = [register(production, fresh_email()).status for _ in range(9)]
+
+    production.compose("up", "--wait", "--detach")     # one API again
+    assert answers == [202] * 9
+
+
+class TlsProxy(Server):
+    """An nginx in front of the edge, as on a host of production."""
+
+    name = "nginx"
+
+    def __init__(self, folder, certificate, edge_port):
+        super().__init__(folder)
+        self.port, self.log = free_port(), self.folder / "log"
+        self.conf = self.folder / "nginx.conf"
+        self.conf.write_text(f"""
+            pid {self.folder}/pid;
+            events {{}}
+            http {{
+                access_log off;
+                server {{
+                    listen 127.0.0.1:{self.port} ssl;
+                    ssl_certificate {certificate[0]};
+                    ssl_certificate_key {certificate[1]};
+                    location / {{
+                        proxy_pass http://127.0.0.1:{edge_port};
+                        proxy_set_header Host $http_host;
+                        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+                    }}
+                }}
+            }}""")
+
+    def command(self):
+        return [find("nginx"), "-e", "stderr", "-c", self.conf, "-g", "daemon off;"]
+
+    def answers(self):
+        return says(self.port, b"x\r\n\r\n")
+
+    def ask(self, method, path, body=None, source="127.0.0.1", **headers):
+        """The status of an answer to a client with this address, and where it leads."""
+        connection = HTTPSConnection(
+            "127.0.0.1", self.port, timeout=20, source_address=(source, 0),
+            context=ssl._create_unverified_context())
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        connection.close()
+        return answer.status, answer.headers["Location"]
+
+
+@pytest.fixture
+def tls_proxy(production, certificate, tmp_path):
+    install_missing("nginx")
+    with TlsProxy(tmp_path, certificate, production.port) as proxy:
+        yield proxy
+
+
+def test_two_clients_of_a_tls_proxy_are_two(tls_proxy):
+    def guess(source):
+        return tls_proxy.ask(
+            "PATCH", ACTIVATE, '{"code": "0427"}', source, **JSON,
+            Authorization=basic(fresh_email(), "a wrong password"))[0]
+
+    of_one = [guess("127.0.0.2") for _ in range(21)]
+
+    assert of_one == [403] * 20 + [429]
+    assert guess("127.0.0.3") == 403
+
+
+def test_its_docs_are_there_behind_a_tls_proxy(tls_proxy):
+    assert tls_proxy.ask("GET", "/docs/") == (200, None)
+    assert tls_proxy.ask("GET", "/docs") == (308, "/docs/")
 
 
 def test_production_takes_its_settings_from_a_file(start_production, tmp_path):
@@ -195,16 +318,13 @@ def test_production_takes_its_settings_from_a_file(start_production, tmp_path):
     done = stack.compose("--env-file", str(file), "config")
 
     assert done.returncode == 0
-    assert PRODUCTION["SECRET_KEY"] in done.stdout
+    assert PRODUCTION["SECRET_KEY"] in done.stdout.replace("$$", "$")
 
 
 def test_over_the_network_only_the_apis_role_logs_in_and_to_its_database_only(
-        start_production):
-    stack = start_production(**PRODUCTION)
-    stack.up()
-
+        production):
     def log_in(role, database):
-        return stack.compose(
+        return production.compose(
             "exec", "api", "python", "-c", "import psycopg2; psycopg2.connect("
             f"host='postgres', user='{role}', dbname='{database}')")
 

@@ -31,7 +31,7 @@ curl -i http://localhost:8000/users/register -H 'Content-Type: application/json'
 
 def main():
     """Everything, until Ctrl-C; returns what went wrong otherwise."""
-    load_dotenv(TOP / ".env")
+    load_dotenv(TOP / ".env", interpolate=False)
     setting = {Postgres: "DATABASE_URL", RabbitMQ: "BROKER_URL", MailDev: "SMTP_HOST"}
     private = [server for server in setting if not os.environ.get(setting[server])]
     for port in [8000, 1025, 1080] if MailDev in private else [8000]:

@@ -1,4 +1,4 @@
-"""The README's section "Break it yourself", as commands that a test can run."""
+"""What the README shows, so that a test can run it."""
 
 import re
 import socket
@@ -23,6 +23,14 @@ def break_it():
         found[title.partition(":")[0].strip("# ")] = SimpleNamespace(
             command=command, output="\n".join(output))
     return SimpleNamespace(shortcuts=shortcuts, breaks=found)
+
+
+def page_functions():
+    """The JavaScript of the section "From a web page"."""
+    text = (TOP / "README.md").read_text()
+    section = text.split("\n## From a web page\n")[1].split("\n## ")[0]
+    return "\n".join(line.removeprefix("    ") for line in section.split("\n")
+                     if line.startswith("    "))
 
 
 def script_of(section, way, api, maildev):

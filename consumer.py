@@ -7,8 +7,8 @@
 
 Run:    python consumer.py    as many as you like: they share the queue
 
-What becomes of a job. The first match wins; the last column says how it is settled:
-ack deletes it, reject moves it to registration.retry, which gives it back.
+What becomes of a job, and how it is settled: ack deletes it, reject moves it to
+registration.retry, which gives it back.
 
     unreadable    it cannot be turned into a mail                  ack
     expired       its deadline has passed: nothing is sent         ack
@@ -16,7 +16,7 @@ ack deletes it, reject moves it to registration.retry, which gives it back.
     refused       the mail server refuses it for good: 5xx for
                   the recipient or the content                     ack
     retry         any other trouble: connection, login, 4xx, or
-                  5xx for the sender                               reject
+                  5xx for the sender, which we can mend            reject
 
 If a consumer dies or loses RabbitMQ before the ack, or the mail server's answer is
 lost, the mail may be sent again, with the same Message-ID.
@@ -43,17 +43,20 @@ from kombu.utils.url import parse_url
 
 
 def setting(name, accept, fault, default=None):
-    """The text of an environment variable. The program ends unless accept(text).
+    """The text of an environment variable. An empty one counts as not set.
 
-    An empty variable is one that is not set.
+    The program ends if accept(text) raises an error or returns something false.
     """
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    with suppress(Exception):   # a parser's message may quote a password
-        if accept(text):
-            return text
-    raise SystemExit(f"{name} {fault}; see .env.example")
+    try:
+        good = accept(text)
+    except Exception:   # its message may quote a password, so nobody gets to see it
+        good = False
+    if not good:
+        raise SystemExit(f"{name} {fault}; see .env.example")
+    return text
 
 
 def number(name, default, least, most):
@@ -90,12 +93,11 @@ LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
 
 [(NAME, SENDER)] = getaddresses([MAIL_FROM])
 DOMAIN = SENDER.rpartition("@")[2]
-SMTP_GREETING = 10    # seconds to connect and be greeted, for each address of the host
+SMTP_GREETING = 10    # seconds to connect and be greeted, for each of its IP addresses
 SMTP_TIMEOUT = 90     # seconds for each other answer: a relay may take a minute
 RETRY_DELAY = 3       # seconds
-REFUSALS = 5          # in a row; then a new session: Postfix slows one down after ten
-HEARTBEAT = 60        # seconds; after two or three of them without a sign of life, a
-                      # consumer's job goes to another one
+REFUSALS = 5          # in a row, then a new session: Postfix delays answers after ten
+HEARTBEAT = 60        # seconds; if two or three are missing, another one gets the job
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -103,19 +105,21 @@ log = logging.getLogger("consumer")
 
 # -- The queues: service.py has the same lines for the first one -----------------------
 
+# On disk, and replicated. If it is full, publishing fails. A job that the consumer
+# rejects is kept until it is in registration.retry. The delivery limit would be 20 in
+# RabbitMQ 4, which gives up the job after that.
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
-    "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # not 20, as in RabbitMQ 4
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
-    "x-dead-letter-exchange": "",                             # a rejected job goes to
-    "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
-    "x-dead-letter-strategy": "at-least-once"})               # until it is there
+    "x-queue-type": "quorum", "x-delivery-limit": 1_000_000,
+    "x-max-length": 100_000, "x-overflow": "reject-publish",
+    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "registration.retry",
+    "x-dead-letter-strategy": "at-least-once"})
 
+# Its time to live, in milliseconds, brings a job back. RabbitMQ drops what goes round
+# in a circle, but not if a reject is part of the circle, as here.
 RETRY_QUEUE = Queue("registration.retry", queue_arguments={
-    "x-queue-type": "quorum", "x-overflow": "reject-publish",  # for at-least-once
-    "x-message-ttl": 1000 * RETRY_DELAY,                      # milliseconds; then back
-    "x-dead-letter-exchange": "",                             # RabbitMQ lets a job go
-    "x-dead-letter-routing-key": "registration.mail",         # round: a reject began it
+    "x-queue-type": "quorum", "x-message-ttl": 1000 * RETRY_DELAY,
+    "x-overflow": "reject-publish",   # at-least-once works with no other
+    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "registration.mail",
     "x-dead-letter-strategy": "at-least-once"})
 
 # -- The three mails -------------------------------------------------------------------
@@ -162,44 +166,49 @@ stopping = False   # set by a signal
 
 
 def on_message(message):
-    """Try a job, and settle it as the table at the top says."""
+    """Try a job, and settle it."""
+    if not stopping:   # if we are, RabbitMQ gives it to another consumer
+        settle(message, *attempt(message))
+
+
+def attempt(message):
+    """Try a job, and return its outcome, as in the table at the top, and the error."""
     global refusals
-    if stopping:   # without an ack, RabbitMQ gives it to another consumer
-        return
     try:
         job = message.payload
         expires_at = float(job["expires_at"])
         mail = build(job, message.properties["message_id"])
     except Exception as error:   # a malformed job stays malformed
-        return settle(message, "unreadable", error)
+        return "unreadable", error
     if time.time() >= expires_at:
-        return settle(message, "expired")
+        return "expired", None
     try:
         open_session()
         if time.time() >= expires_at:   # the mail server took its time
-            return settle(message, "expired")
+            return "expired", None
         smtp.sendmail(SENDER, [job["email"]], mail)
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
         reply = reply_code(error)
         refusals += 1
-        if refusals == REFUSALS or reply < 400:   # below 400, it is no refusal
+        if refusals == REFUSALS or reply < 400:   # below: no refusal, and -1 is no SMTP
             close_session()
         else:
             with suppress(OSError):   # if it has hung up, smtplib closes the session
-                smtp.rset()   # smtplib says none if the DATA command was refused
-        return settle(message, "refused" if reply >= 500 else "retry", error)
-    except (OSError, ValueError) as error:   # OSError: every other one of smtplib's.
-        close_session()   # ValueError: what the mail server says at login is no Base64
-        return settle(message, "retry", error)
+                smtp.rset()   # smtplib itself sends none if DATA was refused
+        return "refused" if reply >= 500 else "retry", error
+    # All other errors of smtplib are OSErrors; at login, bad Base64 is a ValueError.
+    except (OSError, ValueError) as error:
+        close_session()
+        return "retry", error
     refusals = 0
-    settle(message, "sent")
+    return "sent", None
 
 
 LEVELS = {"unreadable": logging.ERROR, "expired": logging.WARNING, "sent": logging.INFO,
           "refused": logging.ERROR, "retry": logging.WARNING}
 
 
-def settle(message, outcome, error=None):
+def settle(message, outcome, error):
     """Log the outcome, then ack or reject the job.
 
     Of a mail server's reply, only the code is logged: the text may quote an address.

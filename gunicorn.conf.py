@@ -11,7 +11,7 @@ import psycopg2
 import service
 from service import LOG_LEVEL, number
 
-# Each handles one request at a time. Each has a connection to PostgreSQL: it allows 100.
+# Each handles one request at a time, and has one of PostgreSQL's max_connections.
 workers = number("WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 backlog = 50 * os.cpu_count()    # requests that queue in the kernel: a second of work
 preload_app = True               # load once, then fork: a wrong setting stops the start
@@ -24,7 +24,7 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # in memory
 
 
 def post_worker_init(worker):
-    """Connect a worker to PostgreSQL at once: the log shows at the start if it cannot."""
+    """Connect a worker to PostgreSQL, so that the log shows at once if it cannot."""
     with service.app.app_context():
         service.begin()
         try:

@@ -6,7 +6,7 @@
                                             +-------> RabbitMQ --> consumer.py --> mail
 
 Run:    gunicorn service:app    each worker handles one request at a time
-Read:   settings, queue, endpoints, errors, then the steps of the endpoints in order
+Read:   the endpoints first; what they call stands below them
 Words:  waiting   registered, but its code has not been sent back yet
         job       the message that asks the consumer to send one mail
         notice    the mail to the owner of an active account that is registered again
@@ -64,17 +64,20 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 
 def setting(name, accept, fault, default=None):
-    """The text of an environment variable. The program ends unless accept(text).
+    """The text of an environment variable. An empty one counts as not set.
 
-    An empty variable is one that is not set.
+    The program ends if accept(text) raises an error or returns something false.
     """
     text = os.environ.get(name) or default
     if text is None:
         raise SystemExit(f"{name} is missing; see .env.example")
-    with suppress(Exception):   # a parser's message may quote a password
-        if accept(text):
-            return text
-    raise SystemExit(f"{name} {fault}; see .env.example")
+    try:
+        good = accept(text)
+    except Exception:   # its message may quote a password, so nobody gets to see it
+        good = False
+    if not good:
+        raise SystemExit(f"{name} {fault}; see .env.example")
+    return text
 
 
 def number(name, default, least, most):
@@ -84,8 +87,8 @@ def number(name, default, least, most):
 
 
 def postgresql_url(text):
-    """Whether libpq can use it. An "@" outside of user and password would be one of the
-    password's, not encoded, and errors would show the rest of the password."""
+    """Whether libpq can use it. In user:p@ss@host it takes ss@host for the host, and
+    its errors would show that. So there may be no "@" outside of user and password."""
     return "@" not in str(parse_dsn(text) | {"user": "", "password": ""})
 
 
@@ -114,29 +117,29 @@ LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
                     "must be DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO")
 
 MAX_BODY = 4096           # bytes
-REQUEST_TIMEOUT = 2       # seconds for all answers of PostgreSQL and RabbitMQ, but
-BROKER_TIMEOUT = 0.7      # so many for each answer while RabbitMQ is being connected
-SLOW = {"database": 1, "broker": 0.3}   # seconds of a request, see refuse_if_slow()
+REQUEST_TIMEOUT = 2       # seconds that a request waits, and as many again for COMMIT
+BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 RETRY_AFTER = 10          # seconds, sent with each 503
 
 # -- The queue: consumer.py has the same lines, and the queue for retries --------------
 
+# On disk, and replicated. If it is full, publishing fails. A job that the consumer
+# rejects is kept until it is in registration.retry. The delivery limit would be 20 in
+# RabbitMQ 4, which gives up the job after that.
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
-    "x-queue-type": "quorum",                                 # on disk, replicated
-    "x-delivery-limit": 1_000_000,                            # not 20, as in RabbitMQ 4
-    "x-max-length": 100_000, "x-overflow": "reject-publish",  # full: publishing fails
-    "x-dead-letter-exchange": "",                             # a rejected job goes to
-    "x-dead-letter-routing-key": "registration.retry",        # that queue, and is kept
-    "x-dead-letter-strategy": "at-least-once"})               # until it is there
+    "x-queue-type": "quorum", "x-delivery-limit": 1_000_000,
+    "x-max-length": 100_000, "x-overflow": "reject-publish",
+    "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "registration.retry",
+    "x-dead-letter-strategy": "at-least-once"})
 
 # -- The app and its endpoints ---------------------------------------------------------
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-# By default, both of these make a URL of the Host header, which a client can forge: a
-# redirect for // in a path, and a link in the page, which the edge keeps for others.
+# A client can forge the Host header. By default, Werkzeug makes a redirect of it for //
+# in a path, and Swagger a link in its page, which the edge keeps for others.
 app.url_map.merge_slashes = False
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
@@ -161,14 +164,14 @@ def register():
     open_database()
     open_broker()
     tidy()
-    # The hash costs most, so the client's limit comes before it. Outside `with db:` each
-    # statement commits at once. The address's limits come after the hash, since their
-    # rows are locked until COMMIT.
+    # The hash costs most, so the client's limit comes before it. The connection is in
+    # autocommit, so this count is committed at once, and stays after a 503.
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    # psycopg2 sends BEGIN here and COMMIT at the end, or after an exception ROLLBACK,
-    # which takes back what was counted for the address.
+    # In autocommit, too, `with db:` sends BEGIN, then COMMIT, or ROLLBACK after
+    # an exception, which takes back what is counted here. The rows of the address are
+    # locked until then, so the hash was computed before.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
@@ -194,7 +197,8 @@ def activate():
     409  the credentials are right and the account is already active
     422  the code is not four digits: see errors
     429  too many requests or failures of this client, or requests for this address
-    503  as above: try again; a 409 then means that the first request activated it
+    503  as above: try again; after a 503, a 409 may mean that it was your first request
+         that activated the account
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)
@@ -203,9 +207,10 @@ def activate():
     tidy()
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
+    # Count a failure now; a success takes it back. The client's row is locked until the
+    # end, so guesses that come together cannot exceed the limit. abort() in the block
+    # is a ROLLBACK, which forgets what was counted. After the block it is not.
     with db:
-        # Count a failure now; a success takes it back. The client's row is locked until
-        # the end, so guesses that come together cannot exceed the limit.
         count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
         account = select_account(email)
         authenticated = password_matches(account, password)
@@ -213,9 +218,7 @@ def activate():
         if activated:
             count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600, -1)
         elif authenticated and is_active(account):
-            abort(409, "The account is already active.")   # no failure: ROLLBACK
-    # Not in `with db:`, so attempt and failure are committed before abort() raises. A
-    # ROLLBACK would forget them, and nobody's guesses would be limited.
+            abort(409, "The account is already active.")
     if not activated:
         abort(403, "The address, the password or the code is wrong, "
                    "or the code no longer works.")
@@ -270,9 +273,9 @@ def problem(error):
 def outage(error):
     """A 503. We try nothing again: the first try may have worked, though unanswered."""
     server = "broker" if isinstance(error, KombuError) else "database"
-    # On a closed connection ROLLBACK fails, too. The error before it says why.
-    closed = isinstance(error, psycopg2.InterfaceError)
-    log_outage(server, closed and error.__context__ or error)
+    if isinstance(error, psycopg2.InterfaceError):   # ROLLBACK on a closed connection:
+        error = error.__context__ or error           # the error before it says why
+    log_outage(server, error)
     return problem(unavailable(server))
 
 
@@ -307,7 +310,7 @@ def read_fields(**checks):
     try:
         body = json.loads(request.get_data().decode())   # UTF-8, by RFC 8259
     except (ValueError, RecursionError, ParseException):
-        # Not JSON; too deeply nested; a malformed chunk, where gunicorn raises its own.
+        # Not JSON; too deeply nested; a malformed chunk, which gunicorn finds only now.
         abort(400, "The body cannot be read as JSON.")
     values, errors = [], []
     for field, check in checks.items():
@@ -374,7 +377,7 @@ def read_credentials():
     try:
         email = canonical_email(basic.username)
     except ValueError:
-        email = ""   # no account has it, so this is a failure like all others
+        email = ""   # no account has it; this is counted as a failure like all others
     return email, canonical_password(basic.password)
 
 
@@ -382,11 +385,11 @@ def client():
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 address.
 
     Each proxy appends the address that it sees to X-Forwarded-For, some with the port:
-    203.0.113.7:50123 or [2001:db8::1]:443. (Werkzeug's ProxyFix finds no address after
-    a quotation mark, which a client may send.)
+    203.0.113.7:50123 or [2001:db8::1]:443. With two proxies in front, we get "whatever
+    the client sent, client, first proxy" from the second one: the client is hops[-3].
     """
     forwarded = request.headers.get("X-Forwarded-For", "")
-    hops = [*forwarded.split(","), request.remote_addr]   # the last one connected to us
+    hops = [*forwarded.split(","), request.remote_addr]
     try:
         hop = hops[-1 - TRUSTED_PROXIES].strip()
         if "[" in hop or hop.count(":") == 1:
@@ -402,7 +405,8 @@ def client():
 
 # -- Time-outs: how long a request waits for a server, and when it does not try --------
 
-slow_until = {"database": 0, "broker": 0}   # instants of time.monotonic()
+SLOW = {"database": 1, "broker": 0.3}       # seconds of waiting in one request
+slow_until = {"database": 0, "broker": 0}   # this worker's, by time.monotonic()
 
 
 @app.before_request
@@ -414,13 +418,13 @@ def begin():
 
 
 def time_left():
-    """Seconds to wait for an answer: at least 0.1, so that ROLLBACK can finish."""
+    """Seconds to wait for an answer: at least 0.1, for ROLLBACK after the deadline."""
     return max(0.1, g.deadline - time.monotonic())
 
 
 @contextmanager
 def waiting_for(server):
-    """Add up how long the request waits for the server, in vain or not."""
+    """Add up how long the request waits for the server, answered or not."""
     began = time.monotonic()
     try:
         yield
@@ -432,10 +436,10 @@ def waiting_for(server):
 
 
 def refuse_if_slow(*servers):
-    """503 for a second after a request of this worker has waited longer than SLOW.
+    """If a request of this worker has waited longer than SLOW, 503 for a second.
 
-    Otherwise each request that queues for the worker would wait for the time-outs of
-    all those before it.
+    Otherwise ten requests that queue for the worker would wait ten times as long, one
+    after another.
     """
     for server in servers:
         if is_slow(server):
@@ -476,8 +480,8 @@ def open_database():
 
 
 def is_broken(connection):
-    """Whether there is something to read. A server says nothing on an idle connection,
-    but that it closes it."""
+    """Whether there is something to read on an idle connection, of either server:
+    nearly always that it has been closed."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
@@ -575,8 +579,8 @@ def delete_old_accounts():
 def count_request(name, subject, allowed, seconds, count=1):
     """Count a request of a client or for an address. If there are too many, 429.
 
-    allowed is the number of requests in a fixed window, which lasts so many seconds. A
-    count of -1 takes one back.
+    The window begins with the first request and lasts so many seconds. A count of -1
+    takes a request back.
     """
     limit = execute("""
         INSERT INTO limits AS old (name, subject, count, expires_at)
@@ -597,7 +601,7 @@ def count_request(name, subject, allowed, seconds, count=1):
 def upsert_waiting(email, password_hash, code_digest):
     """Write password and code together. Return when, in seconds since 1970.
 
-    If the account is active, WHERE leaves its row alone, and None is returned.
+    If the account is active, WHERE keeps its row as it is, and None is returned.
     """
     row = execute("""
         INSERT INTO users AS old (email, password_hash, code_digest, expires_at)
@@ -649,7 +653,7 @@ def spend_attempt(account, code_digest):
 def is_active(account):
     """Whether it is active, with the hash that was verified.
 
-    Asked after spend_attempt(), which waits for one that activates it at the same time.
+    spend_attempt() has waited for an activation at the same time, so this sees it.
     """
     return execute("""
         SELECT activated_at
@@ -664,7 +668,7 @@ def is_active(account):
 
 broker = Connection(
     BROKER_URL, connect_timeout=BROKER_TIMEOUT,
-    # With TLS, kombu fills in the host's name: the certificate must have it.
+    # With None, kombu fills in the host's name, and the certificate must have it.
     ssl=BROKER_URL.startswith("amqps:") and {"server_hostname": None},
     transport_options={"confirm_publish": True, "read_timeout": BROKER_TIMEOUT,
                        "write_timeout": BROKER_TIMEOUT})
@@ -711,7 +715,7 @@ def publish(template, email, issued_at, lifetime, **fields):
             {"template": template, "email": email, "issued_at": issued_at,
              "expires_at": issued_at + lifetime, **fields},
             routing_key=MAIL_QUEUE.name, message_id=g.job, mandatory=True,
-            # If connecting took the time, enough for a slow RabbitMQ.
+            # Even if connecting took all of the time, RabbitMQ gets some to answer.
             confirm_timeout=max(BROKER_TIMEOUT, time_left()))
     g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT has time of its own
 
@@ -720,7 +724,7 @@ def publish_confirmation(email):
     """Publish the confirmation, or log that none may come: the account is active."""
     g.deadline = time.monotonic() + 1   # a silent RabbitMQ costs an activation a second
     try:
-        if is_slow("broker") and not producer:   # or each activation would try, in vain
+        if is_slow("broker") and not producer:   # or each would wait for the time-out
             raise KombuError("it did not answer less than a second ago")
         open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)

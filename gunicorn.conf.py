@@ -1,5 +1,6 @@
 """A bare `gunicorn service:app` is the production set-up."""
 
+import gc
 import json
 import logging
 import os
@@ -21,6 +22,9 @@ control_socket_disable = True    # nobody uses it, and it is a file to write
 limit_request_field_size = 16384   # bytes: cookies of other pages may be large
 secure_scheme_headers = {}       # or it refuses requests whose proxies disagree
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # in memory
+
+# Or the collector would write to the memory that the workers share, and so copy it.
+gc.freeze()
 
 
 def post_worker_init(worker):

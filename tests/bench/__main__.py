@@ -169,6 +169,7 @@ def program(servers, name, home):
         settings = settings_for(
             new_database(postgres, name, home.folder), rabbitmq.url_of(name),
             outside.smtp_port, CODE_LIFETIME="900",
+            TRUSTED_PROXIES="1",                # each request is a client of its own
             WEB_CONCURRENCY=None)               # each version has its own default
         with running_program(folder, settings, (home, home)) as (api, consumer):
             yield SimpleNamespace(
@@ -246,17 +247,23 @@ def processes(version):
 def cpu_seconds(server):
     """Of a process and its living descendants, since they began."""
     total = 0
-    for pid in tree(server.process.pid):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    for text in read_each(server, "stat"):
+        fields = text.rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICK
 
 
 def megabytes(server):
     """The memory of each process of a server, with its share of what they share."""
-    return [int(line.split()[1]) / 1024 for pid in tree(server.process.pid)
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            if line.startswith("Pss:")]
+    return [int(line.split()[1]) / 1024 for text in read_each(server, "smaps_rollup")
+            for line in text.splitlines() if line.startswith("Pss:")]
+
+
+def read_each(server, name):
+    """This file in /proc of each process of a server, but of those that end meanwhile."""
+    for pid in tree(server.process.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{pid}/{name}").read_text()
 
 
 # -- The table -------------------------------------------------------------------------
@@ -474,7 +481,7 @@ def limited(here, seconds, rounds=5):
                        "integer) WITH (fillfactor = 50);"
                        "GRANT ALL ON visits TO registration_api", here.name)
     refused, upserts = [], []
-    with another_api(here, IP_LIMIT="60") as api, another_api(here, Limit) as limit:
+    with another_api(here, IP_LIMIT="60", TRUSTED_PROXIES="0") as api, another_api(here, Limit) as limit:
         checked(here.outside.do("closed", what="register", port=api.port, seconds=60,
                                 clients=CALLERS, count=80), ["202", "429"])
         for _ in range(rounds):

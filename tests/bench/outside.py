@@ -13,6 +13,7 @@ for its place while all the others go on. Latencies count from the first SYN.
 
 import base64
 import heapq
+import ipaddress
 import itertools
 import json
 import random
@@ -128,6 +129,7 @@ class Session:
 def request(line, fields, *headers):
     body = json.dumps(fields).encode()
     return "\r\n".join([f"{line} HTTP/1.1", "Host: localhost", "Connection: close",
+                        f"X-Forwarded-For: {ipaddress.IPv4Address(next(number))}",
                         "Content-Type: application/json", *headers,
                         f"Content-Length: {len(body)}", "", ""]).encode() + body
 

@@ -96,7 +96,7 @@ DOMAIN = SENDER.rpartition("@")[2]
 SMTP_GREETING = 10    # seconds to connect and be greeted, for each of its IP addresses
 SMTP_TIMEOUT = 90     # seconds for each other answer: a relay may take a minute
 RETRY_DELAY = 3       # seconds
-REFUSALS = 5          # in a row, then a new session: Postfix delays answers after ten
+SESSION_MAILS = 9     # then a new session: Exim lets the eleventh mail of one lie
 HEARTBEAT = 60        # seconds; if two or three are missing, another one gets the job
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
@@ -173,7 +173,6 @@ def on_message(message):
 
 def attempt(message):
     """Try a job, and return its outcome, as in the table at the top, and the error."""
-    global refusals
     try:
         job = message.payload
         expires_at = float(job["expires_at"])
@@ -187,20 +186,12 @@ def attempt(message):
         if time.time() >= expires_at:   # the mail server took its time
             return "expired", None
         smtp.sendmail(SENDER, [job["email"]], mail)
-    except (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError) as error:
-        reply = reply_code(error)
-        refusals += 1
-        if refusals == REFUSALS or reply < 400:   # below: no refusal, and -1 is no SMTP
-            close_session()
-        else:
-            with suppress(OSError):   # if it has hung up, smtplib closes the session
-                smtp.rset()   # smtplib itself sends none if DATA was refused
-        return "refused" if reply >= 500 else "retry", error
-    # All other errors of smtplib are OSErrors; at login, bad Base64 is a ValueError.
+    # All errors of smtplib are OSErrors; at login, bad Base64 is a ValueError.
     except (OSError, ValueError) as error:
-        close_session()
-        return "retry", error
-    refusals = 0
+        close_session()   # many relays punish a session with errors
+        of_mail = smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError
+        refused = isinstance(error, of_mail) and reply_code(error) >= 500
+        return "refused" if refused else "retry", error
     return "sent", None
 
 
@@ -235,15 +226,18 @@ def reply_code(error):
 
 # -- SMTP ------------------------------------------------------------------------------
 
-smtp = None    # the open session: opening one may take longer than sending a mail
-refusals = 0   # in this session, since the last mail that was accepted
+smtp = None   # the open session: opening one may take longer than sending a mail
+mails = 0     # in this session
 
 
 def open_session():
-    """Open a session if none is open: encrypted and logged in as the settings say."""
-    global smtp, refusals
-    if smtp and smtp.sock:   # smtplib closes it when the mail server hangs up
+    """Open a session, encrypted and logged in as the settings say, unless one is open
+    for one more mail."""
+    global smtp, mails
+    mails += 1
+    if smtp and mails <= SESSION_MAILS:
         return
+    close_session()
     tls = ssl.create_default_context()   # verifies certificates
     options = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
                "local_hostname": DOMAIN}   # in EHLO: relays distrust a container's name
@@ -259,13 +253,15 @@ def open_session():
     except (OSError, ValueError):
         time.sleep(RETRY_DELAY)   # a wrong password is tried at most 20 times a minute
         raise
-    smtp, refusals = session, 0
+    smtp, mails = session, 1
 
 
 def close_session():
-    """Close the session without QUIT, which would wait for a server that hangs."""
+    """Say QUIT and close the session. The answer may not come: do not wait for it."""
     global smtp
     if smtp:
+        with suppress(OSError):   # the mail server may have hung up
+            smtp.putcmd("quit")
         smtp.close()
     smtp = None
 

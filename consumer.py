@@ -226,27 +226,27 @@ def reply_code(error):
 
 # -- SMTP ------------------------------------------------------------------------------
 
+TLS = ssl.create_default_context()   # it verifies certificates
 smtp = None   # the open session: opening one may take longer than sending a mail
 mails = 0     # in this session
 
 
 def open_session():
-    """Open a session, encrypted and logged in as the settings say, unless one is open
-    for one more mail."""
+    """Open a session, encrypted and logged in as the settings say, unless the open one
+    takes one more mail."""
     global smtp, mails
     mails += 1
     if smtp and mails <= SESSION_MAILS:
         return
     close_session()
-    tls = ssl.create_default_context()   # verifies certificates
     options = {"host": SMTP_HOST, "port": SMTP_PORT, "timeout": SMTP_GREETING,
                "local_hostname": DOMAIN}   # in EHLO: relays distrust a container's name
     try:
-        session = (smtplib.SMTP_SSL(**options, context=tls) if SMTP_TLS == "tls"
+        session = (smtplib.SMTP_SSL(**options, context=TLS) if SMTP_TLS == "tls"
                    else smtplib.SMTP(**options))
         session.sock.settimeout(SMTP_TIMEOUT)
         if SMTP_TLS == "starttls":
-            session.starttls(context=tls)
+            session.starttls(context=TLS)
         if SMTP_USERNAME:
             session.login(SMTP_USERNAME, SMTP_PASSWORD)
         session.ehlo_or_helo_if_needed()   # else sendmail() would, past the deadline

@@ -88,15 +88,20 @@ def test_it_registers_and_activates_on_its_docs_page(service, page):
 # -- A page that registers -------------------------------------------------------------
 
 
-@pytest.fixture
-def signup(service, page):
-    """A page on the API's own origin, with the functions that the README shows.
-
-    signup.dialogs are the login dialogs that Chromium would have opened.
-    """
+def open_signup(service, page):
+    """Shows a page on the API's own origin, with the functions of the README."""
     page.goto(f"{service.url}/healthz")
     page.set_content((TOP / "tests/signup.html").read_text().replace(
         "FUNCTIONS", page_functions()))
+
+
+@pytest.fixture
+def signup(service, page):
+    """That page of an API whose mails arrive.
+
+    signup.dialogs are the login dialogs that Chromium would have opened.
+    """
+    open_signup(service, page)
     page.dialogs = []
     cdp = page.context.new_cdp_session(page)
     cdp.on("Fetch.requestPaused", lambda event: cdp.send(
@@ -146,14 +151,19 @@ def test_a_page_shows_which_field_is_not_acceptable(signup):
 
 def test_a_page_learns_when_to_try_again(start_service, page):
     api = start_service(IP_LIMIT="0")
-    page.goto(f"{api.url}/healthz")
-    page.set_content((TOP / "tests/signup.html").read_text().replace(
-        "FUNCTIONS", page_functions()))
+    open_signup(api, page)
 
     refused = press(page, "Send a code", email=fresh_email(), password=PASSWORD)
 
     assert refused["status"] == 429
     assert int(refused["wait"]) > 0
+
+
+def test_a_page_gets_its_401_without_a_dialog(signup):
+    refused = press(signup, "Activate", code="0427")     # without address and password
+
+    assert refused["status"] == 401
+    assert not signup.dialogs
 
 
 def test_a_401_would_open_a_dialog_if_the_page_sent_the_browsers_credentials(signup):

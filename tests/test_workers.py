@@ -30,12 +30,14 @@ def test_it_has_two_workers_for_each_core_and_one_more(default_api):
 
 
 def test_a_worker_that_gets_no_session_says_so_before_its_first_request(
-        servers, start_service):
+        servers, default_api):
     with crowded(servers.postgres):
-        api = start_service(WEB_CONCURRENCY="1")     # it is asked for its health, too
-
-    log = api.log.read_text()
-    assert "too many connections for role" in log.partition("event=request")[0]
+        default_api.launch()     # and nobody asks it for anything
+        try:
+            wait_until(lambda: "too many connections for role"
+                       in default_api.log.read_text())
+        finally:
+            default_api.stop()
 
 
 @pytest.fixture

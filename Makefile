@@ -6,7 +6,7 @@ PYTHON = env PYTHONPATH=tests .venv/bin/python
 help:
 	@echo "make run        everything on this machine until Ctrl-C, data in .local/"
 	@echo "make test       the tests, with servers of their own; OPTIONS='-k test_mails'"
-	@echo "make compose    both modes of Docker Compose, two minutes"
+	@echo "make compose    both modes of Docker Compose, three minutes"
 	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
 	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"

@@ -93,11 +93,11 @@ LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
 
 [(NAME, SENDER)] = getaddresses([MAIL_FROM])
 DOMAIN = SENDER.rpartition("@")[2]
-SMTP_GREETING = 10    # seconds to connect and be greeted, for each of its IP addresses
+SMTP_GREETING = 10    # seconds to connect and be greeted, for each address of SMTP_HOST
 SMTP_TIMEOUT = 90     # seconds for each other answer: a relay may take a minute
 RETRY_DELAY = 3       # seconds
-SESSION_MAILS = 9     # then a new session: Exim lets the eleventh mail of one lie
-HEARTBEAT = 60        # seconds; if two or three are missing, another one gets the job
+SESSION_MAILS = 9     # then a new session: Exim does not deliver the 11th at once
+HEARTBEAT = 60        # seconds; a consumer silent for two or three loses its job
 logging.Formatter.converter = time.gmtime
 logging.basicConfig(level=LOG_LEVEL, stream=sys.stdout, datefmt="%Y-%m-%dT%H:%M:%SZ",
                     format="time=%(asctime)s level=%(levelname)s %(message)s")

@@ -10,10 +10,10 @@ import time
 import psycopg2
 
 import service
-from service import LOG_LEVEL, number
 
 # Each handles one request at a time, and has one of PostgreSQL's max_connections.
-workers = number("WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
+workers = service.number(
+    "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
 backlog = 50 * os.cpu_count()    # requests that queue in the kernel: a second of work
 preload_app = True               # load once, then fork: a wrong setting stops the start
 timeout = 15                     # seconds until a worker that hangs is replaced
@@ -60,5 +60,5 @@ logconfig_dict = {
     "formatters": {"logfmt": {"()": Logfmt}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": sys.stdout,
                             "formatter": "logfmt"}},
-    "root": {"level": LOG_LEVEL, "handlers": ["stdout"]},
+    "root": {"level": service.LOG_LEVEL, "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True}}}

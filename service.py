@@ -197,8 +197,7 @@ def activate():
     409  the credentials are right and the account is already active
     422  the code is not four digits: see errors
     429  too many requests or failures of this client, or requests for this address
-    503  as above: try again; after a 503, a 409 may mean that it was your first request
-         that activated the account
+    503  as above: try again; a 409 then may mean that the first request activated it
     """
     email, password = read_credentials()
     [code] = read_fields(code=four_digits)

@@ -260,7 +260,7 @@ def megabytes(server):
 
 
 def read_each(server, name):
-    """This file in /proc of each process of a server, but of those that end meanwhile."""
+    """This file in /proc of each process of a server that does not end meanwhile."""
     for pid in tree(server.process.pid):
         with suppress(FileNotFoundError, ProcessLookupError):
             yield Path(f"/proc/{pid}/{name}").read_text()
@@ -481,7 +481,8 @@ def limited(here, seconds, rounds=5):
                        "integer) WITH (fillfactor = 50);"
                        "GRANT ALL ON visits TO registration_api", here.name)
     refused, upserts = [], []
-    with another_api(here, IP_LIMIT="60", TRUSTED_PROXIES="0") as api, another_api(here, Limit) as limit:
+    with another_api(here, IP_LIMIT="60", TRUSTED_PROXIES="0") as api, \
+            another_api(here, Limit) as limit:
         checked(here.outside.do("closed", what="register", port=api.port, seconds=60,
                                 clients=CALLERS, count=80), ["202", "429"])
         for _ in range(rounds):

@@ -14,8 +14,9 @@ import uuid
 from http.client import HTTPSConnection
 
 import pytest
-from servers.install import find, install_missing
-from servers.process import TOP, Server, free_port, says
+from servers.edge import Nginx
+from servers.install import install_missing
+from servers.process import TOP, free_port, says
 from steps import ACTIVATE, JSON, basic, fresh_email, register, wait_until
 from steps.readme import break_it, script_of, shape
 
@@ -203,8 +204,9 @@ def test_production_starts_with_the_settings_that_it_requires(production):
 
 
 def test_brokers_user_is_no_administrator(production):
-    users = production.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_users",
-                               "--formatter", "json").stdout
+    users = production.compose(
+        "exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_users",
+        "--formatter", "json").stdout
 
     assert [user["user"] for user in json.loads(users)] == ["registration"]
     assert "administrator" not in users
@@ -243,10 +245,8 @@ def test_edge_finds_a_second_api_and_does_without_the_first(production):
     assert answers == [202] * 9
 
 
-class TlsProxy(Server):
+class TlsProxy(Nginx):
     """An nginx in front of the edge, as on a host of production."""
-
-    name = "nginx"
 
     def __init__(self, folder, certificate, edge_port):
         super().__init__(folder)
@@ -268,9 +268,6 @@ class TlsProxy(Server):
                     }}
                 }}
             }}""")
-
-    def command(self):
-        return [find("nginx"), "-e", "stderr", "-c", self.conf, "-g", "daemon off;"]
 
     def answers(self):
         return says(self.port, b"x\r\n\r\n")

@@ -27,6 +27,8 @@ import time
 from collections import defaultdict, deque
 from contextlib import suppress
 
+from nacl import pwhash
+
 PASSWORD = "correct horse battery"
 WARM_UP = 0.5       # seconds that are not counted, until the callers are out of step
 PATIENCE = 30       # seconds for the last answers and mails of a command
@@ -75,7 +77,6 @@ mails = {}          # address: when the last mail for it was accepted
 codes = deque()     # (address, code), not activated yet
 arrivals = []       # instants
 accepted = set()    # addresses that were answered 202
-example = b""       # the last mail
 
 
 class Session:
@@ -88,7 +89,6 @@ class Session:
         sock.send(b"220 ready\r\n")
 
     def read(self):
-        global example
         try:
             data = self.sock.recv(65536)
         except OSError:
@@ -103,7 +103,7 @@ class Session:
                 return
             self.buffer = rest
             if self.in_data:
-                self.in_data, example = False, text
+                self.in_data = False
                 self.sock.send(b"250 taken\r\n")
                 self.accept(text)
             elif text[:4].upper() == b"DATA":
@@ -153,11 +153,6 @@ def activate():
                           f"Authorization: Basic {token}")
 
 
-def upsert():
-    """The route of limit.py."""
-    return "", request("POST /upsert", {})
-
-
 def cheap():
     """Each in turn of what needs no hash: 401, 422, 404 and a health check."""
     return "", [request("PATCH /users/activate", {"code": "0000"}),
@@ -177,7 +172,7 @@ class Phase:
         self.make, self.port, self.left = globals()[what], port, count
         self.begin = time.monotonic()
         self.end = self.begin + WARM_UP + seconds
-        self.seconds, self.cpu = seconds, time.process_time()
+        self.seconds = seconds
         self.answers = defaultdict(int)     # status: how many in the window
         self.latencies = defaultdict(list)  # status: seconds
         self.all = defaultdict(int)         # status: how many ever
@@ -250,54 +245,8 @@ class Phase:
                  time.monotonic() + PATIENCE)
         return {"seconds": self.end - self.begin - WARM_UP, "answers": self.answers,
                 "latencies": self.latencies, "all": self.all,
-                "cpu": time.process_time() - self.cpu,
                 "unanswered": self.under_way,
                 "lost": sum(email not in mails for email in self.accepted)}
-
-
-HEAD = b"GET /edge HTTP/1.1\r\nHost: localhost\r\nCookie: a"
-BODY = (b"POST /users/register HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Type: application/json\r\nContent-Length: 4000\r\n\r\n")
-trickles = set()    # those that go on
-
-
-class Trickle:
-    """A client that begins a request, and then sends a space a second, for ever.
-
-    Where it is cut off, as nginx does with a head after 10 seconds, it comes back.
-    """
-
-    def __init__(self, port, beginning):
-        self.port, self.beginning = port, beginning
-        self.open()
-        at(time.monotonic() + random.random(), self.feed)
-
-    def open(self):
-        self.sock, self.begun = socket.socket(), False
-        self.sock.setblocking(False)
-        self.sock.connect_ex(("127.0.0.1", self.port))
-        watch(self.sock, self.begin, select.EPOLLOUT)
-
-    def begin(self):
-        self.begun = self.send(self.beginning)
-        watch(self.sock, self.read)
-
-    def send(self, data):
-        """Whether it could; if not, read() finds the connection broken."""
-        with suppress(OSError):
-            return self.sock.send(data) == len(data)
-
-    def feed(self):
-        if self not in trickles:
-            return close(self.sock)
-        if self.begun:
-            self.begun = self.send(b" ")
-        at(time.monotonic() + 1, self.feed)
-
-    def read(self):
-        """The end, or an answer, which is one as well."""
-        close(self.sock)
-        self.open()
 
 
 # -- The commands ----------------------------------------------------------------------
@@ -318,41 +267,36 @@ def opened(what, port, rate, seconds):
     return phase.result(what == "register")
 
 
-def each(port, count, what="register"):
-    """One at a time: its latency, and how long after it the mail was accepted."""
-    latencies, delays, statuses = [], [], set()
+def each(port, count, what):
+    """One at a time, each after the mail of the one before."""
+    latencies, statuses = [], set()
     for _ in range(count):
         phase = Phase(what, port, 60)
         phase.begin -= WARM_UP      # there is none
         phase.ask(lambda: None)
         work(lambda phase=phase: not phase.under_way, time.monotonic() + PATIENCE)
-        for email, instant in phase.accepted.items():
+        for email in phase.accepted:
             work(lambda email=email: email in mails, time.monotonic() + PATIENCE)
-            delays.append(mails[email] - instant)
         latencies += itertools.chain(*phase.latencies.values())
         statuses |= phase.all.keys()
-    return {"latencies": latencies, "delays": delays, "statuses": sorted(statuses)}
-
-
-def trickle(port, heads, bodies):
-    """Until the next such command, so many clients send a head or a body slowly.
-
-    Returns how many are under way after three seconds.
-    """
-    trickles.clear()
-    trickles.update(Trickle(port, beginning) for beginning, count in (
-        (HEAD, heads), (BODY, bodies)) for _ in range(count))
-    work(lambda: False, time.monotonic() + 3)
-    return {"under_way": sum(bool(each.begun) for each in trickles)}
+    return {"latencies": latencies, "statuses": sorted(statuses)}
 
 
 def count_mails(count):
     """Waits for so many mails; how long they took from the first to the last."""
     arrivals.clear()
-    cpu = time.process_time()
     work(lambda: len(arrivals) >= count, time.monotonic() + PATIENCE)
-    return {"mails": len(arrivals), "seconds": arrivals[-1] - arrivals[0],
-            "cpu": time.process_time() - cpu, "example": example.decode()}
+    return {"mails": len(arrivals), "seconds": arrivals[-1] - arrivals[0]}
+
+
+def hash(seconds):
+    """Nothing but hashes, with the program's parameters: 12 MiB, 3 passes, 1 lane."""
+    count, begin, cpu = 0, time.monotonic(), time.process_time()
+    while time.monotonic() < begin + seconds:
+        pwhash.argon2id.str(PASSWORD.encode(), 3, 12 << 20)
+        count += 1
+    return {"rate": count / (time.monotonic() - begin),
+            "cpu": (time.process_time() - cpu) / count}
 
 
 def serve():

@@ -24,7 +24,7 @@ from psycopg2.extras import NamedTupleCursor
 from servers.system import digest
 from steps.logs import events
 
-from chaos.load import LIFETIME, PATIENCE, Fault
+from trials.load import LIFETIME, PATIENCE, Fault
 
 
 def account(load, faults, database, apis, consumers):

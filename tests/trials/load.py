@@ -1,4 +1,4 @@
-"""Steady load on the whole system, while __main__.py, soak.py or failover.py harm it.
+"""Steady load on the whole system, while chaos.py, soak.py or failover.py harm it.
 
 Load is the callers: they note each request and its answer, and what was mailed to them.
 Fault notes what was done and when. account.py draws the balance.
@@ -22,7 +22,6 @@ import steps
 
 LIFETIME = 20       # seconds a code lives: most outages are shorter
 PATIENCE = 5        # seconds within which everything has to be answered
-THREADS = 12        # while some wait for a slow answer, others go on
 
 
 def say(text):
@@ -57,7 +56,7 @@ class Load:
     Each sends X-Forwarded-For with an address of its own, as a proxy would.
     """
 
-    def __init__(self, services, sink, seed, rate=3.5, threads=THREADS):
+    def __init__(self, services, sink, seed, rate, threads=12):
         self.services, self.sink, self.rate = services, sink, rate
         self.random = random.Random(seed)
         self.requests = []                  # a list takes append() from any thread
@@ -74,6 +73,8 @@ class Load:
 
     def finish(self):
         """No new callers; returns when the last has done what it wanted."""
+        if self.stopping.is_set():
+            return
         self.stopping.set()
         for thread in self.threads:
             thread.join()

@@ -106,16 +106,16 @@ log = logging.getLogger("consumer")
 # -- The queues: service.py has the same lines for the first one -----------------------
 
 # On disk, and replicated. If it is full, publishing fails. A job that the consumer
-# rejects is kept until it is in registration.retry. The delivery limit would be 20 in
-# RabbitMQ 4, which gives up the job after that.
+# rejects stays here until it is in registration.retry. After 20 deliveries, RabbitMQ 4
+# would give it up; a job may need one every few seconds, until its deadline.
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum", "x-delivery-limit": 1_000_000,
     "x-max-length": 100_000, "x-overflow": "reject-publish",
     "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "registration.retry",
     "x-dead-letter-strategy": "at-least-once"})
 
-# Its time to live, in milliseconds, brings a job back. RabbitMQ drops what goes round
-# in a circle, but not if a reject is part of the circle, as here.
+# After the time to live, in milliseconds, RabbitMQ moves a job back to the first queue.
+# It drops what only expires in a circle; our jobs are rejected once a round.
 RETRY_QUEUE = Queue("registration.retry", queue_arguments={
     "x-queue-type": "quorum", "x-message-ttl": 1000 * RETRY_DELAY,
     "x-overflow": "reject-publish",   # at-least-once works with no other
@@ -167,7 +167,7 @@ stopping = False   # set by a signal
 
 def on_message(message):
     """Try a job, and settle it."""
-    if not stopping:   # if we are, RabbitMQ gives it to another consumer
+    if not stopping:   # else it stays unsettled, and RabbitMQ gives it to another
         settle(message, *attempt(message))
 
 
@@ -188,7 +188,7 @@ def attempt(message):
         smtp.sendmail(SENDER, [job["email"]], mail)
     # All errors of smtplib are OSErrors; at login, bad Base64 is a ValueError.
     except (OSError, ValueError) as error:
-        close_session()   # many relays punish a session with errors
+        close_session()   # many mail servers slow down a session with errors
         of_mail = smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError
         refused = isinstance(error, of_mail) and reply_code(error) >= 500
         return "refused" if refused else "retry", error
@@ -278,8 +278,8 @@ def stop(signal_number, frame):
 def consume(connection):
     """Take jobs until a signal comes or the connection breaks.
 
-    kombu's ConsumerMixin would not end while RabbitMQ is down, and it would send one
-    more mail after SIGTERM.
+    kombu's ConsumerMixin does not stop while RabbitMQ is down, and after SIGTERM it
+    sends one more mail.
     """
     channel = connection.default_channel
     RETRY_QUEUE.declare(channel=channel)   # Consumer declares the other one
@@ -287,7 +287,7 @@ def consume(connection):
         channel, [MAIL_QUEUE], on_message=on_message, accept=["json"],
         # Without this, a job that kombu cannot decompress would come again and again.
         on_decode_error=lambda message, error: settle(message, "unreadable", error),
-        prefetch_count=1)   # the other jobs are for other consumers
+        prefetch_count=1)   # one job at a time: leave the rest to others
     consumer.consume()
     log.info("event=consuming queue=%s", MAIL_QUEUE.name)
     while not stopping:

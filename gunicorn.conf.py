@@ -14,16 +14,16 @@ import service
 # Each handles one request at a time, and has one of PostgreSQL's max_connections.
 workers = service.number(
     "WEB_CONCURRENCY", str(min(2 * os.cpu_count() + 1, 40)), 1, 9999)
-backlog = 50 * os.cpu_count()    # requests that queue in the kernel: a second of work
+backlog = 50 * os.cpu_count()    # requests that queue in the kernel: about a second's
 preload_app = True               # load once, then fork: a wrong setting stops the start
 timeout = 15                     # seconds until a worker that hangs is replaced
 graceful_timeout = 7             # seconds for the last requests after SIGTERM
 control_socket_disable = True    # nobody uses it, and it is a file to write
 limit_request_field_size = 16384   # bytes: cookies of other pages may be large
-secure_scheme_headers = {}       # or it refuses requests whose proxies disagree
+secure_scheme_headers = {}       # it would refuse a request whose proxies disagree
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None   # in memory
 
-# Or the collector would write to the memory that the workers share, and so copy it.
+# Otherwise the collector writes to the memory that the workers share, and so copies it.
 gc.freeze()
 
 

@@ -13,7 +13,7 @@ Words:  waiting   registered, but its code has not been sent back yet
 
 Registering publishes the job before it commits: no account waits for a code that
 RabbitMQ does not have. Activating commits before it publishes: no mail announces what
-may still fail. If a server fails, or the worker dies, this is left:
+may still fail. If a server fails, this is left:
 
     registering: what failed    account      mail                        answer
       before publishing         unchanged    none                        503
@@ -21,13 +21,13 @@ may still fail. If a server fails, or the worker dies, this is left:
       COMMIT                    unchanged    a code of no use            503
       the answer to COMMIT      waiting      a code that works           503
 
-    activating: what failed
+    activating: what failed      account      mail                        answer
       COMMIT, or before it      unchanged    none                        503
       the answer to COMMIT      active       none                        503, later 409
       publishing                active       perhaps none                200, see log
 
-A worker that dies gives no answer and writes no log line. In each case the client may
-try again.
+If the worker dies, the same is left, without an answer or a log line. In each case the
+client may try again.
 """
 
 import hmac
@@ -105,29 +105,29 @@ SECRET_KEY = setting("SECRET_KEY", lambda text: len(text.encode()) >= 32,
                      "must have 32 characters or more")
 CODE_LIFETIME = number("CODE_LIFETIME", "60", 1, 86400)                # seconds
 CODE_ATTEMPTS = number("CODE_ATTEMPTS", "3", 1, 9999)                  # wrong codes
-# Requests for an address, in an hour or a day. 0 would allow none.
+# Requests for an address, in an hour or a day. 0 allows none.
 EMAIL_LIMIT_HOUR = number("EMAIL_LIMIT_HOUR", "5", 0, 10**9)           # register
 EMAIL_LIMIT_DAY = number("EMAIL_LIMIT_DAY", "20", 0, 10**9)            # register
 ACTIVATE_LIMIT_HOUR = number("ACTIVATE_LIMIT_HOUR", "100", 0, 10**9)   # activate
-# Of a client: requests to each endpoint in IP_WINDOW, failed activations in an hour.
+# Per client: requests to each endpoint in IP_WINDOW, and failed activations an hour.
 IP_LIMIT = number("IP_LIMIT", "60", 0, 10**9)
 FAILURE_LIMIT_HOUR = number("FAILURE_LIMIT_HOUR", "20", 0, 10**9)
-TRUSTED_PROXIES = number("TRUSTED_PROXIES", "0", 0, 9)                 # before gunicorn
+TRUSTED_PROXIES = number("TRUSTED_PROXIES", "0", 0, 9)                 # in front of us
 LOG_LEVEL = setting("LOG_LEVEL", logging.getLevelNamesMapping().get,
                     "must be DEBUG, INFO, WARNING, ERROR or CRITICAL", "INFO")
 
 MAX_BODY = 4096           # bytes
-REQUEST_TIMEOUT = 2       # seconds that a request waits, and as many again for COMMIT
-BROKER_TIMEOUT = 0.7      # seconds for each answer while RabbitMQ is being connected
+REQUEST_TIMEOUT = 2       # seconds that a request waits; then COMMIT may take as many
+BROKER_TIMEOUT = 0.7      # seconds for each answer while we connect to RabbitMQ
 NOTICE_LIFETIME = 900     # seconds; then a notice or a confirmation is no longer sent
 IP_WINDOW = 600           # seconds
 RETRY_AFTER = 10          # seconds, sent with each 503
 
-# -- The queue: consumer.py has the same lines, and the queue for retries --------------
+# -- The queue: consumer.py repeats these lines, and adds the queue for retries --------
 
 # On disk, and replicated. If it is full, publishing fails. A job that the consumer
-# rejects is kept until it is in registration.retry. The delivery limit would be 20 in
-# RabbitMQ 4, which gives up the job after that.
+# rejects stays here until it is in registration.retry. After 20 deliveries, RabbitMQ 4
+# would give it up; a job may need one every few seconds, until its deadline.
 MAIL_QUEUE = Queue("registration.mail", queue_arguments={
     "x-queue-type": "quorum", "x-delivery-limit": 1_000_000,
     "x-max-length": 100_000, "x-overflow": "reject-publish",
@@ -138,8 +138,8 @@ MAIL_QUEUE = Queue("registration.mail", queue_arguments={
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-# A client can forge the Host header. By default, Werkzeug makes a redirect of it for //
-# in a path, and Swagger a link in its page, which the edge keeps for others.
+# A client can forge the Host header. Werkzeug would redirect a path with // to it, and
+# Swagger's page would link to it, which the edge keeps for others.
 app.url_map.merge_slashes = False
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", config={
     "oauth2RedirectUrl": "/docs/oauth2-redirect.html"}))
@@ -169,9 +169,9 @@ def register():
     count_request("register client", client(), IP_LIMIT, IP_WINDOW)
     password_hash = hash_password(password)
     code = f"{secrets.randbelow(10_000):04}"
-    # In autocommit, too, `with db:` sends BEGIN, then COMMIT, or ROLLBACK after
-    # an exception, which takes back what is counted here. The rows of the address are
-    # locked until then, so the hash was computed before.
+    # `with db:` is a transaction, though the connection is in autocommit. An exception
+    # rolls back what is counted in it. Until its end the address's rows are locked, so
+    # the hash was computed before.
     with db:
         count_request("register address hour", email, EMAIL_LIMIT_HOUR, 3600)
         count_request("register address day", email, EMAIL_LIMIT_DAY, 86400)
@@ -206,9 +206,9 @@ def activate():
     tidy()
     count_request("activate client", client(), IP_LIMIT, IP_WINDOW)
     count_request("activate address hour", email, ACTIVATE_LIMIT_HOUR, 3600)
-    # Count a failure now; a success takes it back. The client's row is locked until the
-    # end, so guesses that come together cannot exceed the limit. abort() in the block
-    # is a ROLLBACK, which forgets what was counted. After the block it is not.
+    # Count a failure first; a success takes it back. This locks the client's row, so
+    # that of many guesses at once none exceeds the limit. An abort() in the block rolls
+    # back, and the 409 is not counted. The 403 comes after COMMIT, and is.
     with db:
         count_request("activate failures", client(), FAILURE_LIMIT_HOUR, 3600)
         account = select_account(email)
@@ -435,10 +435,10 @@ def waiting_for(server):
 
 
 def refuse_if_slow(*servers):
-    """If a request of this worker has waited longer than SLOW, 503 for a second.
+    """503 for a second after a request of this worker that waited longer than SLOW.
 
-    Otherwise ten requests that queue for the worker would wait ten times as long, one
-    after another.
+    Otherwise ten requests that queue for the worker would wait for a silent server one
+    after another, ten times as long.
     """
     for server in servers:
         if is_slow(server):
@@ -463,7 +463,7 @@ def finish(response):
 
 # -- PostgreSQL: the worker's connection -----------------------------------------------
 
-db = None   # opened by the first request, after gunicorn has forked the worker
+db = None   # opened by the worker, after gunicorn has forked it
 
 
 def open_database():
@@ -471,8 +471,8 @@ def open_database():
     global db
     if db and not db.closed and not is_broken(db):
         return
-    # Keepalives (in seconds) find a connection that the network has forgotten, before a
-    # request needs it. schema.sql sets the time-outs of a session, for the role.
+    # Keepalives, in seconds: they notice that the network has forgotten an idle
+    # connection. The time-outs of a session are set in schema.sql, for the role.
     db = psycopg2.connect(DATABASE_URL, cursor_factory=NamedTupleCursor,
                           keepalives_idle=30, keepalives_interval=5, keepalives_count=2)
     db.autocommit = True   # but `with db:` is a transaction, since psycopg2 2.9
@@ -536,7 +536,7 @@ def tidy():
     """In one of 30 requests, delete up to 300 expired limits and as many old accounts.
 
     That is more than the requests add, so no cron job is needed. While a backup runs,
-    VACUUM cannot remove what was deleted, and a DELETE has to skip ever more of it. It
+    VACUUM cannot remove what was deleted, so each DELETE reads ever more dead rows. It
     gives up after 50 ms; requests after the backup catch up.
     """
     if secrets.randbelow(30):
@@ -632,7 +632,7 @@ def spend_attempt(account, code_digest):
     """Count an attempt and compare its code in one atomic step: True if it activated.
 
     The condition names the hash that was verified. If the address has been registered
-    again since, this password and its code are void, and no row is touched.
+    again since, that password and its code no longer count, and no row is touched.
     """
     row = execute("""
         UPDATE users
@@ -652,7 +652,7 @@ def spend_attempt(account, code_digest):
 def is_active(account):
     """Whether it is active, with the hash that was verified.
 
-    spend_attempt() has waited for an activation at the same time, so this sees it.
+    spend_attempt() has waited for the lock of another activation, so this sees it.
     """
     return execute("""
         SELECT activated_at
@@ -714,16 +714,16 @@ def publish(template, email, issued_at, lifetime, **fields):
             {"template": template, "email": email, "issued_at": issued_at,
              "expires_at": issued_at + lifetime, **fields},
             routing_key=MAIL_QUEUE.name, message_id=g.job, mandatory=True,
-            # Even if connecting took all of the time, RabbitMQ gets some to answer.
+            # However long connecting took, RabbitMQ gets this time to answer.
             confirm_timeout=max(BROKER_TIMEOUT, time_left()))
     g.deadline = time.monotonic() + REQUEST_TIMEOUT   # COMMIT has time of its own
 
 
 def publish_confirmation(email):
     """Publish the confirmation, or log that none may come: the account is active."""
-    g.deadline = time.monotonic() + 1   # a silent RabbitMQ costs an activation a second
+    g.deadline = time.monotonic() + 1   # an activation waits a second for RabbitMQ
     try:
-        if is_slow("broker") and not producer:   # or each would wait for the time-out
+        if is_slow("broker") and not producer:   # connecting would take long again
             raise KombuError("it did not answer less than a second ago")
         open_broker()
         publish("confirmation", email, time.time(), NOTICE_LIFETIME)

@@ -1,5 +1,5 @@
-# base and program make the image that runs; tests is base with the tests on top. database
-# and edge are public images with a file or two of ours: a mounted file would have the mode
+# base and program make the image that runs; tests is base with the tests on top, suite has
+# all servers, too. database and edge are public images with a file or two of ours: a mounted file would have the mode
 # that it has in your clone, and perhaps nobody but you may read it.
 
 FROM postgres:17-alpine AS database
@@ -26,6 +26,17 @@ RUN pip install --no-cache-dir --require-hashes -r tests/requirements.lock
 COPY --chmod=755 tests tests
 USER 10001:10001
 CMD ["pytest", "-p", "no:cacheprovider", "tests/test_flow.py"]
+
+FROM base AS suite
+COPY tests/requirements.lock tests/
+RUN pip install --no-cache-dir --require-hashes -r tests/requirements.lock
+COPY tests/servers tests/servers
+RUN PYTHONPATH=tests python -m servers.install
+# An ordinary user. initdb wants one that has a name.
+RUN useradd --create-home suite && chown -R suite /app
+COPY --chown=suite . .
+USER suite
+CMD ["pytest", "-p", "no:cacheprovider", "-n", "4", "--dist", "worksteal", "tests"]
 
 # Last, so that a plain `docker build .` makes it and skips the tests.
 FROM base AS program

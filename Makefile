@@ -5,12 +5,11 @@ PYTHON = env PYTHONPATH=tests .venv/bin/python
 
 help:
 	@echo "make run        everything on this machine until Ctrl-C, data in .local/"
-	@echo "make test       the tests, with servers of their own; OPTIONS='-k test_mails'"
+	@echo "make test       all tests, with servers of their own; OPTIONS='-k test_mails'"
+	@echo "make quick      the flow, registering, activating, limits"
 	@echo "make compose    both modes of Docker Compose, three minutes"
-	@echo "make bench      how fast it is, a quarter of an hour; nothing else should run"
+	@echo "make bench      how fast it is, ten minutes; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
-	@echo "             OPTIONS=--network: while packets are lost and links go down; as root"
-	@echo "             OPTIONS=--disks: while disks are full; as root"
 	@echo "make soak       an hour of load with a fault every three minutes: what grows?"
 	@echo "make failover   four minutes of load on a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"
@@ -23,26 +22,21 @@ help:
 run: .venv/complete
 	@$(PYTHON) -m servers.run
 
+# Four processes, each with servers of its own: most tests wait most of the time.
+PYTEST = .venv/bin/python -m pytest -n 4 --dist worksteal
+
 test: .venv/complete
-	.venv/bin/python -m pytest tests $(OPTIONS)
+	$(PYTEST) tests $(OPTIONS)
+
+quick: .venv/complete
+	$(PYTEST) tests/test_flow.py tests/test_register.py tests/test_activate.py \
+		tests/test_limits.py $(OPTIONS)
 
 compose: .venv/complete
 	$(PYTHON) -m pytest tests/compose/modes.py $(OPTIONS)
 
-chaos: .venv/complete
-	$(PYTHON) -m chaos $(OPTIONS)
-
-soak: .venv/complete
-	$(PYTHON) -m chaos.soak $(OPTIONS)
-
-failover: .venv/complete
-	$(PYTHON) -m chaos.failover $(OPTIONS)
-
-clock: .venv/complete
-	$(PYTHON) -m bench.clock $(OPTIONS)
-
-bench: .venv/complete
-	$(PYTHON) -m bench $(OPTIONS)
+bench chaos soak failover clock: .venv/complete
+	$(PYTHON) -m trials $@ $(OPTIONS)
 
 # No formatter: the margins of the two program files are aligned by hand. No type checker:
 # what could be wrong here is SQL, JSON and AMQP, of which it sees nothing.
@@ -76,5 +70,5 @@ LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --custom-compile-command "make lock" $(NEWEST)
 upgrade: NEWEST = --upgrade
 
-.PHONY: help run test compose chaos soak failover clock bench lint common-passwords venv \
-	lock upgrade
+.PHONY: help run test quick compose bench chaos soak failover clock lint \
+	common-passwords venv lock upgrade

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psycopg2
 import pytest
+from servers.install import install_missing
 from servers.maildev import MailDev
 from servers.process import free_port
 from servers.program import Consumer, Gunicorn
@@ -185,6 +186,7 @@ def smtp():
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A self-made certificate for localhost and 127.0.0.2, with its key, as files."""
+    install_missing("commands")
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",

@@ -1,6 +1,6 @@
 """Starts real servers, privately: PostgreSQL, RabbitMQ, MailDev, nginx, the program.
 
-conftest.py uses it for the tests; `make run`, chaos/ and bench/ use it, too. All of it
+conftest.py uses it for the tests; `make run` and trials/ use it, too. All of it
 listens on 127.0.0.1 only, keeps its data below a folder of the caller's, and leaves
 alone what the system runs. Only for Linux (/proc).
 
@@ -10,7 +10,6 @@ alone what the system runs. Only for Linux (/proc).
     system.py       all of it together, with the settings: read it second
     install.py      finds and installs what the servers need
     run.py          make run
-    network.py      machines of our own, and wires that fail; only for root
     clock.py        a clock of its own for a server, which can be wrong
     faults.py       what can go wrong with a server
     smtp.py         a mail server that answers what a test tells it

@@ -13,7 +13,7 @@
         ...
 
 Each fault is real. It begins before the block and is over after it. The tests and
-chaos/ use the same ones. way_to() puts a relay before a server, which can be slow, hold
+trials/ use the same ones. way_to() puts a relay before a server, which can be slow, hold
 something back or break off.
 """
 

@@ -1,5 +1,9 @@
-"""Finds the programs that the servers need, and installs what is missing."""
+"""Finds the programs that the servers need, and installs what is missing.
 
+    python -m servers.install       everything, as the Dockerfile does
+"""
+
+import fcntl
 import glob
 import json
 import os
@@ -18,9 +22,9 @@ PACKAGES = {  # by a server's name: {program: package of Debian}
     "RabbitMQ": {"rabbitmq-server": "rabbitmq-server"},
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},
-    "network": {"ip": "iproute2"},
     "clock": {"faketime": "faketime"},
-    "Chromium": {"chromium": "chromium"}}
+    "Chromium": {"chromium": "chromium"},
+    "commands": {"curl": "curl", "openssl": "openssl"}}
 
 
 def find(program):
@@ -37,7 +41,17 @@ def find(program):
 
 
 def install_missing(*servers):
-    """Installs what these servers need, if we may; else exits, saying what to do."""
+    """Installs what these servers need, if we may; else exits, saying what to do.
+
+    One process at a time: the tests run in several.
+    """
+    LOCAL.mkdir(exist_ok=True)
+    with open(LOCAL / "install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        install(servers)
+
+
+def install(servers):
     missing = {package: server for server in servers
                for program, package in PACKAGES.get(server, {}).items()
                if not find(program)}
@@ -84,3 +98,7 @@ def services_kept_from_starting():
         yield
     finally:
         policy.unlink()
+
+
+if __name__ == "__main__":
+    install_missing(*PACKAGES)

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,7 +39,6 @@ class Server:
     log = None        # where stdout and stderr are appended; None: the terminal
     process = None
     address = "127.0.0.1"       # where it listens
-    machine = nullcontext()     # where it runs: one of network.py's, or here
 
     def __init__(self, folder):
         self.folder = Path(folder).resolve()
@@ -55,7 +54,7 @@ class Server:
 
         In a session of its own: Ctrl-C in the terminal is for us, and we stop in order.
         """
-        with open(self.log or os.devnull, "ab") as log, self.machine:
+        with open(self.log or os.devnull, "ab") as log:
             output = log if self.log else None
             self.process = subprocess.Popen(
                 self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,

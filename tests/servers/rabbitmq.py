@@ -66,6 +66,5 @@ class RabbitMQ(Server):
 
     def ctl(self, *arguments):
         """What rabbitmqctl prints for this node."""
-        with self.machine:
-            return run([find("rabbitmqctl"), "-q", *arguments],
-                       env=self.env, cwd=self.folder)
+        return run([find("rabbitmqctl"), "-q", *arguments],
+                   env=self.env, cwd=self.folder)

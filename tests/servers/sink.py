@@ -1,6 +1,6 @@
 """A mail server that can be killed: a process of its own, whose record outlives it.
 
-chaos/ and bench/clock.py use it. The record is a file with a line of JSON for each
+trials/ use it. The record is a file with a line of JSON for each
 mail: when it arrived, to whom, its subject and Message-ID, its code and when that was
 issued.
 """

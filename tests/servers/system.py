@@ -3,7 +3,7 @@
     with whole_system(Sink, CODE_LIFETIME="20") as system:
         register(system.api, "ann@example.com")
 
-conftest.py, chaos/, bench/ and run.py put theirs together from what is here.
+conftest.py, trials/ and run.py put theirs together from what is here.
 """
 
 import hmac
@@ -72,11 +72,11 @@ def create_tables(postgres, database="registration", home=TOP):
 
 
 @contextmanager
-def running_servers(mail_server, postgres=Postgres, rabbitmq=RabbitMQ):
+def running_servers(mail_server):
     """PostgreSQL with the tables, RabbitMQ, and a mail server: MailDev or Sink."""
     install_missing(Postgres.name, RabbitMQ.name, mail_server.name)
     with temporary_folder() as folder, running(
-            postgres(folder), rabbitmq(folder), mail_server(folder)) as servers:
+            Postgres(folder), RabbitMQ(folder), mail_server(folder)) as servers:
         postgres, rabbitmq, mail_server = servers
         create_tables(postgres)
         yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,
@@ -84,12 +84,12 @@ def running_servers(mail_server, postgres=Postgres, rabbitmq=RabbitMQ):
 
 
 @contextmanager
-def running_program(folder, settings, homes=(HERE, HERE), consumer=Consumer):
+def running_program(folder, settings, homes=(HERE, HERE)):
     """An API and a consumer, with their logs in a folder: (API, consumer).
 
     homes: where each of the two is taken from.
     """
-    processes = Gunicorn(folder, settings), consumer(folder, settings)
+    processes = Gunicorn(folder, settings), Consumer(folder, settings)
     for process, home in zip(processes, homes):
         process.cwd, process.python = home
     with running(*processes):
@@ -97,14 +97,11 @@ def running_program(folder, settings, homes=(HERE, HERE), consumer=Consumer):
 
 
 @contextmanager
-def whole_system(mail_server, homes=(HERE, HERE), servers=(), **changes):
-    """Both, with changed settings: what running_servers() gives, .api and .consumer.
-
-    servers: other kinds of PostgreSQL and RabbitMQ.
-    """
-    with running_servers(mail_server, *servers) as system:
+def whole_system(mail_server, **changes):
+    """Both, with changed settings: what running_servers() gives, .api and .consumer."""
+    with running_servers(mail_server) as system:
         settings = settings_for(system.postgres.api_url, system.rabbitmq.url,
                                 system.mail_server.smtp_port, **changes)
-        with running_program(system.folder / "program", settings, homes) as processes:
+        with running_program(system.folder / "program", settings) as processes:
             system.api, system.consumer = processes
             yield system

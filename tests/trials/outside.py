@@ -268,8 +268,11 @@ def opened(what, port, rate, seconds):
 
 
 def each(port, count, what):
-    """One at a time, each after the mail of the one before."""
+    """One at a time, each after the mail of the one before. Codes that nobody used go,
+    so that activations which follow are of these registrations."""
     latencies, statuses = [], set()
+    if what == "register":
+        codes.clear()
     for _ in range(count):
         phase = Phase(what, port, 60)
         phase.begin -= WARM_UP      # there is none

@@ -17,6 +17,7 @@ from servers.install import install_missing
 from servers.maildev import MailDev
 from servers.process import free_port
 from servers.program import Consumer, Gunicorn
+from servers.rabbitmq import RabbitMQ
 from servers.smtp import SmtpServer
 from servers.system import running_program, running_servers, settings_for
 from steps import fresh_email, register, wait_until
@@ -26,9 +27,23 @@ from steps.jobs import consumers_of, delete_queues, purge, take_job
 
 
 @pytest.fixture(scope="session")
-def servers():
-    """PostgreSQL with the tables, RabbitMQ and MailDev, in a .folder."""
-    with running_servers(MailDev) as servers:
+def servers(certificate):
+    """PostgreSQL with the tables, RabbitMQ and MailDev, in a .folder.
+
+    RabbitMQ has two addresses with TLS, too; its certificate has only 127.0.0.2. Not
+    localhost, which kombu takes for 127.0.0.1.
+    """
+    def rabbitmq(folder):
+        rabbitmq = RabbitMQ(folder)
+        rabbitmq.tls_port = free_port()
+        (rabbitmq.folder / "rabbitmq.conf").write_text(
+            f"listeners.ssl.1 = 127.0.0.1:{rabbitmq.tls_port}\n"
+            f"listeners.ssl.2 = 127.0.0.2:{rabbitmq.tls_port}\n"
+            f"ssl_options.certfile = {certificate[0]}\n"
+            f"ssl_options.keyfile = {certificate[1]}\n")
+        return rabbitmq
+
+    with running_servers(MailDev, rabbitmq=rabbitmq) as servers:
         yield servers
 
 
@@ -205,24 +220,19 @@ def start_consumer(settings, tmp_path):
             environment = settings | changes
             before = consumers_of(environment["BROKER_URL"])
             folder = tmp_path / f"consumer{uuid.uuid4().hex}"
-            consumer = started.enter_context(Consumer(folder, environment))
+            consumer = Consumer(folder, environment)
+            started.callback(consumer.kill)     # stop() might take three seconds
+            consumer.start()
             wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
             return consumer
 
         yield start_it
 
 
-@pytest.fixture
-def new_mailer(broker, start_consumer, smtp):
-    """A new consumer of the .broker, that mails through the .smtp of the test."""
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    consumer.broker, consumer.smtp = broker, smtp
-    return consumer
-
-
-@pytest.fixture(scope="module")
-def mailer_of_module(servers, settings, brokers):
+@pytest.fixture(scope="session")
+def mailer_of_session(servers, settings, brokers):
     smtp, broker = SmtpServer(free_port()), brokers["mailer"]
+    smtp.punishes = True
     settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
     with Consumer(servers.folder / "mailer", settings) as consumer:
         wait_until(lambda: consumers_of(broker))
@@ -232,7 +242,7 @@ def mailer_of_module(servers, settings, brokers):
 
 
 @pytest.fixture
-def mailer(mailer_of_module):
-    """Such a consumer, shared by the tests of a file; its queues are empty."""
-    purge(mailer_of_module.broker)
-    return mailer_of_module
+def mailer(mailer_of_session):
+    """A consumer of a .broker whose queues are empty; it mails through its .smtp."""
+    purge(mailer_of_session.broker)
+    return mailer_of_session

@@ -1,8 +1,10 @@
 """From the queue to the mailbox: until when, how often, and what never arrives."""
 
 import contextlib
+import json
 import pickle
 import socket
+import ssl
 import threading
 import time
 from email import message_from_bytes
@@ -11,11 +13,12 @@ from itertools import pairwise
 import pytest
 from servers.faults import cut_connections, killed, paused
 from servers.process import free_port
-from servers.rabbitmq import RabbitMQ
+from servers.program import Consumer
 from servers.smtp import DROP, GARBLED, LOST, SmtpServer
 from servers.system import SENDER
-from steps import fresh_email, register, wait_until
+from steps import activate, fresh_email, problem_in, register, wait_until
 from steps.jobs import (
+    MAIL,
     RETRY,
     arrived,
     held_up,
@@ -23,9 +26,72 @@ from steps.jobs import (
     outcomes,
     put,
     put_raw,
+    take,
+    take_job,
     waiting_in,
 )
 from steps.logs import events
+
+
+def gaps(times):
+    return [after - before for before, after in pairwise(times)]
+
+
+# -- What the API puts into the queue --------------------------------------------------
+
+
+def test_it_publishes_persistent_messages_with_an_id(queue):
+    register(queue, fresh_email())
+    register(queue, fresh_email())
+
+    first, second = take(queue.broker), take(queue.broker)
+
+    assert first.properties["delivery_mode"] == second.properties["delivery_mode"] == 2
+    assert first.properties["message_id"] != second.properties["message_id"]
+
+
+def test_it_gives_a_code_the_deadline_that_the_database_has(queue, database):
+    address = fresh_email()
+    register(queue, address)
+
+    job = take_job(queue.broker)
+
+    [(expires_at, lifetime)] = database("""
+        SELECT extract(epoch FROM expires_at)::float,
+               extract(epoch FROM expires_at - registered_at)::int
+          FROM users WHERE email = %s""", [address])
+    assert job["expires_at"] == pytest.approx(expires_at, abs=0.01)
+    assert lifetime == 60
+
+
+def test_it_gives_notices_and_confirmations_fifteen_minutes(queue):
+    address = fresh_email()
+    register(queue, address)
+    code = take_job(queue.broker)["code"]
+
+    activate(queue, address, code)
+    register(queue, address)
+
+    for job in take_job(queue.broker), take_job(queue.broker):
+        assert job["expires_at"] - job["issued_at"] == pytest.approx(900)
+        assert job["issued_at"] == pytest.approx(time.time(), abs=60)
+
+
+def test_it_declares_durable_quorum_queues_with_bounds(servers, mailer):
+    rows = json.loads(servers.rabbitmq.ctl(
+        "list_queues", "-p", "mailer", "--formatter", "json",
+        "name", "type", "durable", "arguments"))
+
+    assert {(row["name"], row["type"], row["durable"]) for row in rows} == {
+        (MAIL, "quorum", True), (RETRY, "quorum", True)}
+    arguments = {row["name"]: {key: value for key, _, value in row["arguments"]}
+                 for row in rows}
+    mail, retry = arguments[MAIL], arguments[RETRY]
+    assert mail["x-overflow"] == "reject-publish" and mail["x-max-length"] <= 100_000
+    assert mail["x-dead-letter-routing-key"] == RETRY
+    assert retry["x-dead-letter-routing-key"] == MAIL
+    assert retry["x-message-ttl"] == 3000     # milliseconds
+
 
 # -- Until the deadline, and not after it ----------------------------------------------
 
@@ -40,388 +106,231 @@ def test_it_sends_nothing_after_the_deadline(mailer, job):
     assert not mailer.smtp.tries[expired["email"]]
 
 
-def test_it_sends_nothing_that_expired_while_no_consumer_ran(
-        broker, start_service, start_consumer, smtp, job):
-    api = start_service(BROKER_URL=broker, CODE_LIFETIME="1")
-    late = fresh_email()
-    register(api, late)
-    expired = time.time() + 1.1
-    wait_until(lambda: time.time() > expired)
-
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-
-    mailer.broker, mailer.smtp = broker, smtp
-    assert next_mail_arrives(mailer, job)
-    assert not smtp.tries[late]
-
-
-@pytest.mark.parametrize("what", ["greeting", "EHLO"])
 def test_it_sends_nothing_if_the_deadline_passed_until_the_mail_server_was_ready(
-        broker, start_consumer, smtp, job, what):
-    smtp.pauses[what] = ready = threading.Event()
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    late, expires_at = fresh_email(), time.time() + 5
+        mailer, job):
+    wait_until(lambda: not mailer.smtp.sessions)     # so that it opens another
+    mailer.smtp.pauses["EHLO"] = ready = threading.Event()
+    late, expires_at = fresh_email(), time.time() + 3
 
-    late_id = put(broker, job | {"email": late, "expires_at": expires_at})
-    wait_until(lambda: smtp.clients)
+    message_id = put(mailer.broker, job | {"email": late, "expires_at": expires_at})
+    wait_until(lambda: mailer.smtp.sessions)
     wait_until(lambda: time.time() > expires_at)
     ready.set()
 
-    mailer.broker, mailer.smtp = broker, smtp
     assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, late_id) == ["expired"]
-    assert not smtp.tries[late]
+    assert outcomes(mailer, message_id) == ["expired"]
+    assert not mailer.smtp.tries[late]
 
 
-@pytest.mark.parametrize("verb, trouble", [
-    ("MAIL", "451 try again"), ("MAIL", "550 not this sender"), ("MAIL", "421 closing"),
-    ("RCPT", "450 greylisted"), ("RCPT", "421 closing"), ("RCPT", DROP),
-    ("DATA", "451 try again"), ("DATA", DROP),
-    ("CONTENT", "452 disk full"), ("CONTENT", DROP)])
-def test_it_tries_again_after_trouble_that_may_pass(mailer, job, verb, trouble):
-    whom = SENDER if verb == "MAIL" else job["email"]
-    mailer.smtp.replies[verb, whom] = [trouble]
+def test_it_tries_a_mail_server_that_is_away_once_in_a_few_seconds_and_not_once_a_job(
+        broker, start_consumer, job):
+    port = free_port()
+    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(port))
+    addresses = [fresh_email() for _ in range(10)]
+
+    put(broker, job)
+    ends = time.time() + 1
+    for address in addresses:
+        put(broker, job | {"email": address, "expires_at": ends})
+
+    wait_until(lambda: len(events(mailer.log, event="job", outcome="expired")) == 10)
+    assert 0 < len(events(mailer.log, event="job", outcome="retry")) <= 2
+    with contextlib.closing(SmtpServer(port)) as smtp:
+        assert arrived(smtp, job["email"])
+        assert not any(smtp.tries[address] for address in addresses)
+
+
+# -- Trouble that may pass -------------------------------------------------------------
+
+# The mail server's replies. Those to MAIL are for whatever job comes next.
+TROUBLE = [
+    ("MAIL", ["451 try again", "250 fine"]), ("MAIL", ["421 closing", "250 fine"]),
+    ("MAIL", ["550 not this sender", "250 fine"]),
+    ("RCPT", ["450 greylisted"]), ("RCPT", ["421 closing"]), ("RCPT", [DROP]),
+    ("DATA", ["451 try again"]), ("DATA", ["421 closing"]), ("DATA", [DROP]),
+    ("CONTENT", ["452 disk full"]), ("CONTENT", ["421 closing"]), ("CONTENT", [DROP]),
+    ("CONTENT", [LOST]), ("CONTENT", [GARBLED])]
+
+
+def test_it_tries_again_after_trouble_that_may_pass_behind_others_in_a_new_session(
+        mailer, job):
+    smtp, ids = mailer.smtp, {}
+    addresses = [(fresh_email(), fresh_email()) for _ in TROUBLE]
+
+    with held_up(mailer, job) as first:
+        for (verb, replies), (troubled, good) in zip(TROUBLE, addresses):
+            whom = SENDER if verb == "MAIL" else troubled
+            smtp.replies.setdefault((verb, whom), []).extend(replies)
+            ids[verb, replies[0]] = put(mailer.broker, job | {"email": troubled})
+            put(mailer.broker, job | {"email": good})
+
+    clients = [arrived(smtp, address)[0].client
+               for address in [first, *[good for _, good in addresses]]]
+    assert len(set(clients)) == len(clients)
+    wait_until(lambda: all("sent" in outcomes(mailer, each) for each in ids.values()))
+    assert [trouble for trouble, each in ids.items()
+            if outcomes(mailer, each) != ["retry", "sent"]] == []
+    tries = [smtp.tried_at[troubled] for troubled, _ in addresses]
+    assert all(gap > 2 for times in tries for gap in gaps(times))
+    last_of_others = max(smtp.tried_at[good][0] for _, good in addresses)
+    assert all(again > last_of_others for _, *more in tries for again in more)
+
+
+def test_it_neither_loses_nor_doubles_a_job_however_often_it_comes_back(mailer, job):
+    smtp, broker = mailer.smtp, mailer.broker
+    often, late, refused = [job | {"email": fresh_email()} for _ in range(3)]
+    smtp.replies["RCPT", often["email"]] = ["450 greylisted"] * 2
+    smtp.replies["RCPT", late["email"]] = ["450 greylisted"] * 9
+    smtp.replies["RCPT", refused["email"]] = ["550 no"]
+
+    ids = [put(broker, often), put(broker, late | {"expires_at": time.time() + 3}),
+           put(broker, refused), put_raw(broker, b"{")]
+    wait_until(lambda: waiting_in(broker, RETRY))     # there, and not in our hands
+
+    wait_until(lambda: outcomes(mailer, ids[0])[2:])
+    assert [outcomes(mailer, each) for each in ids] == [
+        ["retry", "retry", "sent"], ["retry", "expired"], ["refused"], ["unreadable"]]
+    assert all(gap > 2 for gap in gaps(smtp.tried_at[often["email"]]))
+    wait_until(lambda: waiting_in(broker) == waiting_in(broker, RETRY) == 0)
+    assert len(smtp.mails_to(often["email"])) == 1
+
+
+@pytest.mark.parametrize("refusal", ["450 greylisted", "550 unknown", "421 closing"])
+def test_it_does_not_hold_up_others_for_many_that_are_refused(mailer, job, refusal):
+    """The mail server answers slowly in a session that has ten errors in a row."""
+    ends = time.time() + 3     # so that they do not come back
+
+    with held_up(mailer, job):
+        for address in [fresh_email() for _ in range(40)]:
+            mailer.smtp.replies["RCPT", address] = [refusal]
+            put(mailer.broker, job | {"email": address, "expires_at": ends})
+
+    assert next_mail_arrives(mailer, job)
+
+
+def test_it_tries_again_after_a_greeting_that_refuses_everybody(mailer, job):
+    wait_until(lambda: not mailer.smtp.sessions)     # so that it opens another
+    mailer.smtp.greetings.append("554 not today")
 
     message_id = put(mailer.broker, job)
 
     assert len(arrived(mailer.smtp, job["email"])) == 1
-    assert not mailer.smtp.replies[verb, whom]
     wait_until(lambda: outcomes(mailer, message_id) == ["retry", "sent"])
 
 
-@pytest.mark.parametrize("greeting", ["421 too busy", "554 not today"])
-def test_it_tries_again_after_a_greeting_that_refuses_everybody(
-        broker, start_consumer, smtp, job, greeting):
-    smtp.greetings = [greeting]
-
-    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    put(broker, job)
-
-    assert len(arrived(smtp, job["email"])) == 1
-
-
-@pytest.mark.parametrize("trouble", ["450 greylisted", DROP])
-def test_it_gives_up_at_the_deadline(broker, start_consumer, smtp, job, trouble):
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    smtp.replies["RCPT", job["email"]] = [trouble] * 1000
-
-    message_id = put(broker, job | {"expires_at": time.time() + 7})    # two retries
-
-    wait_until(lambda: "expired" in outcomes(consumer, message_id))
-    assert smtp.tries[job["email"]] > 1
-    consumer.stop()     # what it had not settled would go back to the queue
-    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
-
-
-def test_it_tries_a_mail_server_that_is_away_every_few_seconds_and_not_once_a_job(
-        broker, start_consumer, job):
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(free_port()))
-
-    ends = time.time() + 4
-    for _ in range(20):
-        put(broker, job | {"email": fresh_email(), "expires_at": ends})
-
-    wait_until(lambda: len(events(mailer.log, event="job", outcome="expired")) == 20)
-    assert 0 < len(events(mailer.log, event="job", outcome="retry")) <= 2
-
-
-def test_it_gives_up_when_the_mail_server_stays_away_for_the_lifetime(
-        broker, start_service, start_consumer, job):
-    port = free_port()
-    api = start_service(BROKER_URL=broker, CODE_LIFETIME="2")
-    mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(port))
-    late = fresh_email()
-    register(api, late)
-    expired = time.time() + 2.1
-    wait_until(lambda: time.time() > expired)
-
-    with contextlib.closing(SmtpServer(port)) as mailer.smtp:
-
-        mailer.broker = broker
-        assert next_mail_arrives(mailer, job)
-        assert not mailer.smtp.tries[late]
-
-
-def test_it_does_not_hold_up_others_for_many_that_are_greylisted(mailer, job):
-    addresses = [fresh_email() for _ in range(100)]
-    for address in addresses:
-        mailer.smtp.replies["RCPT", address] = ["450 greylisted"] * 1000
-        put(mailer.broker, job | {"email": address})
-    wait_until(lambda: all(mailer.smtp.tries[address] for address in addresses))
-
-    assert next_mail_arrives(mailer, job)
-    assert not any(mailer.smtp.mails_to(address) for address in addresses)
-    for address in addresses:
-        mailer.smtp.replies["RCPT", address].clear()
-    assert all(arrived(mailer.smtp, address) for address in addresses)
-
-
-def test_it_tries_a_refused_mail_again_every_few_seconds(mailer, job):
-    mailer.smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 3
-
-    put(mailer.broker, job)
-
-    assert arrived(mailer.smtp, job["email"])
-    times = mailer.smtp.tried_at[job["email"]]
-    assert all(after - before > 2 for before, after in pairwise(times))
-
-
-def test_it_leaves_a_job_to_rabbitmq_until_its_retry(new_mailer, job):
-    new_mailer.smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 1000
-
-    message_id = put(new_mailer.broker, job)
-
-    wait_until(lambda: outcomes(new_mailer, message_id))
-    wait_until(lambda: waiting_in(new_mailer.broker, RETRY) == 1)
-
-
-def test_it_neither_loses_nor_doubles_a_job_that_is_refused_again_and_again(
-        new_mailer, job):
-    smtp, broker, rounds = new_mailer.smtp, new_mailer.broker, 9
-    smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * rounds
-
-    message_id = put(broker, job | {"expires_at": time.time() + 600})
-
-    wait_until(lambda: smtp.mails_to(job["email"]), 20 * rounds)
-    wait_until(lambda: "sent" in outcomes(new_mailer, message_id))
-    assert outcomes(new_mailer, message_id) == ["retry"] * rounds + ["sent"]
-    assert smtp.tries[job["email"]] == rounds + 1
-    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
-
-
-@pytest.mark.parametrize("answer", [LOST, GARBLED])
-def test_it_mails_to_others_before_it_repeats_a_mail_whose_answer_was_lost(
-        new_mailer, job, answer):
-    smtp, broker = new_mailer.smtp, new_mailer.broker
-    address, others = fresh_email(), [fresh_email() for _ in range(5)]
-
-    with held_up(new_mailer, job):
-        smtp.replies["CONTENT", address] = [answer] * 2
-        message_id = put(broker, job | {"email": address})
-        ids = [put(broker, job | {"email": other}) for other in others]
-
-    wait_until(lambda: "sent" in outcomes(new_mailer, message_id))
-    times = smtp.tried_at[address]
-    assert outcomes(new_mailer, message_id) == ["retry", "retry", "sent"]
-    assert all(after - before > 2 for before, after in pairwise(times))
-    assert all(smtp.tried_at[other][0] < times[1] for other in others)
-    assert [outcomes(new_mailer, each) for each in ids] == [["sent"]] * 5
-
-
-# -- What can never work ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
-def test_it_drops_what_the_mail_server_refuses_for_good(mailer, job, verb):
-    refused = fresh_email()
-    mailer.smtp.replies[verb, refused] = ["550 no"]
-
-    message_id = put(mailer.broker, job | {"email": refused})
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["refused"]
-    assert mailer.smtp.tries[refused] <= 1
-
-
-@pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
-def test_it_drops_what_a_mail_server_refuses_for_good_before_it_hangs_up(
-        new_mailer, job, verb):
-    smtp, broker = new_mailer.smtp, new_mailer.broker
-    refused, good = fresh_email(), fresh_email()
-
-    with held_up(new_mailer, job):
-        smtp.replies[verb, refused] = ["550 no, goodbye"]
-        refused_id = put(broker, job | {"email": refused})
-        good_id = put(broker, job | {"email": good})
-
-    assert len(arrived(smtp, good)) == 1
-    wait_until(lambda: outcomes(new_mailer, good_id)[-1:] == ["sent"])
-    assert outcomes(new_mailer, refused_id) == ["refused"]
-
-
-def test_it_never_sees_again_what_it_dropped(new_mailer, job):
-    smtp, broker = new_mailer.smtp, new_mailer.broker
-    refused, comes_back = fresh_email(), fresh_email()
-    smtp.replies["RCPT", refused] = ["550 no"]
-    smtp.replies["RCPT", comes_back] = ["450 later"]
-
-    ids = [put_raw(broker, b"{"), put(broker, job | {"email": refused})]
-    put(broker, job | {"email": comes_back})
-
-    assert arrived(smtp, comes_back)     # so would have they
-    assert [outcomes(new_mailer, each) for each in ids] == [["unreadable"], ["refused"]]
-    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
-
-
-NO_JOBS = {
-    "nothing": b"", "not JSON": b"{", "not UTF-8": b'{"email": "\xff"}',
-    "null": b"null", "a list": b"[]", "a number": b"7", "a string": b'"email"',
-    "no keys": b"{}", "NaN": b"NaN", "nested deeply": b"[" * 100_000}
-
-
-@pytest.mark.parametrize("body", NO_JOBS.values(), ids=NO_JOBS.keys())
-def test_it_drops_what_is_no_job(mailer, job, body):
-    message_id = put_raw(mailer.broker, body)
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["unreadable"]
-
-
-@pytest.mark.parametrize("changes", [
-    {"template": "other"}, {"template": None}, {"template": ["code"]},
-    {"email": 7}, {"email": ""}, {"email": {}},
-    {"email": "ann@example.com\r\nBcc: eve@example.com"},
-    {"email": "\ud800@example.com"}, {"email": "ann\0@example.com"},
-    {"expires_at": None}, {"expires_at": "soon"},
-    {"expires_at": []}, {"expires_at": {}}, {"issued_at": "now"}, {"issued_at": None}])
-def test_it_drops_a_job_with_a_value_that_makes_no_mail(mailer, job, changes):
-    message_id = put(mailer.broker, job | changes)
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["unreadable"]
-
-
-def test_it_drops_a_job_whose_address_is_null(new_mailer, job):
-    message_id = put(new_mailer.broker, job | {"email": None})
-
-    assert next_mail_arrives(new_mailer, job)
-    assert outcomes(new_mailer, message_id) == ["unreadable"]
-
-
-@pytest.mark.parametrize("key", [
-    "template", "email", "expires_at", "code", "issued_at"])
-def test_it_drops_a_job_without_one_of_its_keys(mailer, job, key):
-    message_id = put(mailer.broker, {name: job[name] for name in job if name != key})
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["unreadable"]
-
-
-@pytest.mark.parametrize("properties", [
-    {"application_headers": {"compression": "application/x-gzip"}},
-    {"application_headers": {"compression": "unheard of"}},
-    {"application_headers": {"compression": 7}},
-    {"content_type": "application/x-yaml"}, {"content_type": "text/plain"}], ids=str)
-def test_it_drops_a_job_in_a_form_that_nobody_wrote(mailer, job, properties):
-    message_id = put(mailer.broker, job, **properties)
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["unreadable"]
-
-
-@pytest.mark.parametrize("message_id", [None, "1\r\nBcc: eve@example.com"])
-def test_it_drops_a_job_without_an_id_that_fits_a_header(new_mailer, job, message_id):
-    put(new_mailer.broker, job, message_id=message_id)
-
-    assert next_mail_arrives(new_mailer, job)
-    assert outcomes(new_mailer, "-") == ["unreadable"]
-    assert not new_mailer.smtp.tries[job["email"]]
-
-
-def test_it_unpickles_nothing(mailer, job):
-    message_id = put_raw(mailer.broker, pickle.dumps(job), content_encoding="binary",
-                         content_type="application/x-python-serialize")
-
-    assert next_mail_arrives(mailer, job)
-    assert outcomes(mailer, message_id) == ["unreadable"]
-    assert not mailer.smtp.tries[job["email"]]
-
-
-# -- Once, and by whom -----------------------------------------------------------------
-
-
-def test_it_mails_once_over_a_relay_that_takes_its_time(new_mailer, job):
-    smtp = new_mailer.smtp
-    smtp.replies["CONTENT", job["email"]] = [20] * 10    # seconds
-
-    put(new_mailer.broker, job)
-
-    wait_until(lambda: smtp.mails_to(job["email"]), 60)
-    assert next_mail_arrives(new_mailer, job)
-    assert smtp.tries[job["email"]] == 1
-    assert not events(new_mailer.log, event="outage")
-
-
-def test_it_mails_twice_at_most_and_with_one_message_id_when_its_ack_was_lost(
-        servers, broker, new_mailer, job):
-    smtp, answer = new_mailer.smtp, threading.Event()
-    smtp.replies["CONTENT", job["email"]] = [answer]
-    message_id = put(broker, job)
-    wait_until(lambda: smtp.held)
-
-    cut_connections(servers.rabbitmq, "spare")
-    answer.set()
-
-    assert next_mail_arrives(new_mailer, job)
-    assert len(smtp.mails_to(job["email"])) <= 2
-    assert {message_from_bytes(mail.content)["Message-ID"]
-            for mail in smtp.mails_to(job["email"])} == {f"<{message_id}@example.com>"}
-    assert waiting_in(broker) == waiting_in(broker, RETRY) == 0
-
-
-@pytest.fixture(scope="module")
-def own_rabbitmq(tmp_path_factory):
-    """A RabbitMQ that can be killed. It wants a heartbeat every 2 seconds, not 60."""
-    rabbitmq = RabbitMQ(tmp_path_factory.mktemp("own"))
-    (rabbitmq.folder / "rabbitmq.conf").write_text("heartbeat = 2\n")
-    with rabbitmq:
-        yield rabbitmq
-
-
-def test_another_one_mails_the_job_of_a_consumer_that_fell_silent(
-        own_rabbitmq, start_consumer, smtp, job):
-    broker, port = own_rabbitmq.url, str(smtp.port)
-    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=port)
-
-    with paused(silent):
-        put(broker, job)
-        wait_until(lambda: not waiting_in(broker))     # the silent one has it
-        start_consumer(BROKER_URL=broker, SMTP_PORT=port)
-
-        wait_until(lambda: smtp.mails_to(job["email"]), 40)
-
-
-def test_a_consumer_that_fell_silent_delays_one_mail(broker, start_consumer, smtp, job):
-    silent = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-
-    with paused(silent):
-        for _ in range(10):
-            put(broker, job | {"email": fresh_email()})
-        start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-
-        wait_until(lambda: len(smtp.mails) == 9)
-
-
-def test_it_mails_what_waited_for_a_retry_while_the_broker_was_killed(
-        own_rabbitmq, start_consumer, smtp, job):
-    mailer = start_consumer(BROKER_URL=own_rabbitmq.url, SMTP_PORT=str(smtp.port))
-    smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 2
-    message_id = put(own_rabbitmq.url, job)
-    wait_until(lambda: outcomes(mailer, message_id) == ["retry", "retry"])
-    wait_until(lambda: waiting_in(own_rabbitmq.url, RETRY) == 1)
-
-    with killed(own_rabbitmq):
-        pass
-
-    wait_until(lambda: smtp.mails_to(job["email"]), 40)
-    mailer.broker, mailer.smtp = own_rabbitmq.url, smtp
-    assert next_mail_arrives(mailer, job)
-    assert len(smtp.mails_to(job["email"])) == 1
-
-
-def test_it_tries_again_when_a_connection_to_the_mail_server_is_not_accepted(
-        broker, start_consumer, job):
+def test_it_waits_ten_seconds_for_a_connection_and_longer_for_an_answer(
+        mailer, broker, start_consumer, job):
+    mailer.smtp.replies["CONTENT", job["email"]] = [11]     # seconds
     with contextlib.ExitStack() as sockets:
         deaf = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(2):      # of a full queue, the kernel drops what else comes
             queued = sockets.enter_context(socket.socket())
             queued.setblocking(False)
             queued.connect_ex(deaf.getsockname())
-        mailer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(deaf.getsockname()[1]))
+        other = start_consumer(BROKER_URL=broker, SMTP_PORT=str(deaf.getsockname()[1]))
 
-        message_id = put(broker, job)
+        slow_id, deaf_id = put(mailer.broker, job), put(broker, job)
 
-        wait_until(lambda: outcomes(mailer, message_id) == ["retry"], 40)
+        wait_until(lambda: outcomes(other, deaf_id) == ["retry"], 40)
+    assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, slow_id) == ["sent"]
+    assert mailer.smtp.tries[job["email"]] == 1
+
+
+# -- What can never work ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reply", ["550 no", "550 no, goodbye"])
+@pytest.mark.parametrize("verb", ["RCPT", "DATA", "CONTENT"])
+def test_it_drops_what_the_mail_server_refuses_for_good_and_begins_a_new_session(
+        mailer, job, verb, reply):
+    refused, good = fresh_email(), fresh_email()
+
+    with held_up(mailer, job) as first:
+        mailer.smtp.replies[verb, refused] = [reply]
+        refused_id = put(mailer.broker, job | {"email": refused})
+        good_id = put(mailer.broker, job | {"email": good})
+
+    [before], [after] = arrived(mailer.smtp, first), arrived(mailer.smtp, good)
+    assert after.client != before.client
+    wait_until(lambda: outcomes(mailer, good_id) == ["sent"])
+    assert outcomes(mailer, refused_id) == ["refused"]
+    assert mailer.smtp.tries[refused] == 1
+
+
+def test_it_drops_what_is_no_job(mailer, job):
+    bodies = [b"", b"{", b'{"email": "\xff"}', b"null", b"[]", b"[" * 100_000]
+
+    ids = [put_raw(mailer.broker, body) for body in bodies]
+
+    assert next_mail_arrives(mailer, job)
+    assert [outcomes(mailer, each) for each in ids] == [["unreadable"]] * len(bodies)
+
+
+@pytest.mark.parametrize("key, values", [
+    ("template", ["other", ["code"]]),
+    ("email", [None, 7, "", "ann@example.com, bob@example.com", "ann\0@example.com",
+               "ann@example.com\r\nBcc: eve@example.com", "\ud800@example.com"]),
+    ("expires_at", [None, "soon"]), ("issued_at", [None, "now"]), ("code", [])])
+def test_it_drops_a_job_without_a_key_or_with_a_value_that_makes_no_mail(
+        mailer, job, key, values):
+    without = {name: job[name] for name in job if name != key}
+
+    ids = [put(mailer.broker, without),
+           *[put(mailer.broker, job | {key: value}) for value in values]]
+
+    assert next_mail_arrives(mailer, job)
+    assert [outcomes(mailer, each) for each in ids] == [["unreadable"]] * len(ids)
+
+
+def test_it_drops_a_job_in_a_form_that_nobody_wrote_and_unpickles_nothing(mailer, job):
+    forms = [{"application_headers": {"compression": "application/x-gzip"}},
+             {"application_headers": {"compression": "unheard of"}},
+             {"application_headers": {"compression": 7}},
+             {"content_type": "application/x-yaml"}, {"content_type": "text/plain"}]
+
+    ids = [*[put(mailer.broker, job, **properties) for properties in forms],
+           put_raw(mailer.broker, pickle.dumps(job), content_encoding="binary",
+                   content_type="application/x-python-serialize")]
+
+    assert next_mail_arrives(mailer, job)
+    assert [outcomes(mailer, each) for each in ids] == [["unreadable"]] * len(ids)
+    assert not mailer.smtp.tries[job["email"]]
+
+
+@pytest.mark.parametrize("message_id", [
+    None, "1\r\nBcc: eve@example.com\r\nevent=job job=2 outcome=sent"])
+def test_it_drops_a_job_whose_id_fits_no_header_and_logs_no_line_that_it_forges(
+        mailer, job, message_id):
+    before = len(outcomes(mailer, "-"))
+
+    put(mailer.broker, job, message_id=message_id)
+
+    assert next_mail_arrives(mailer, job)
+    assert outcomes(mailer, "-")[before:] == ["unreadable"]
+    assert not events(mailer.log, event="job", job="2")
+    assert not mailer.smtp.tries[job["email"]]
+
+
+# -- Crashes, and by whom --------------------------------------------------------------
+
+
+def test_it_mails_twice_at_most_and_with_one_message_id_when_its_ack_was_lost(
+        servers, mailer, job):
+    smtp, broker, answer = mailer.smtp, mailer.broker, threading.Event()
+    smtp.replies["CONTENT", job["email"]] = replies = [answer]
+    message_id = put(broker, job)
+    wait_until(lambda: not replies)     # the mail server has the mail
+
+    cut_connections(servers.rabbitmq, "mailer")
+    answer.set()
+
+    assert next_mail_arrives(mailer, job)
+    mails = smtp.mails_to(job["email"])
+    assert len(mails) <= 2
+    assert {message_from_bytes(mail.content)["Message-ID"] for mail in mails} == {
+        f"<{message_id}@example.com>"}
+    wait_until(lambda: waiting_in(broker) == waiting_in(broker, RETRY) == 0)
 
 
 def test_it_leaves_a_job_in_the_queue_until_the_mail_server_has_taken_the_mail(
@@ -436,29 +345,180 @@ def test_it_leaves_a_job_in_the_queue_until_the_mail_server_has_taken_the_mail(
     wait_until(lambda: waiting_in(broker) == 1)
 
 
-def test_it_shares_the_work_among_consumers(broker, start_consumer, smtp, job):
-    port = str(smtp.port)
-    pair = [start_consumer(BROKER_URL=broker, SMTP_PORT=port) for _ in range(2)]
-    addresses = [fresh_email() for _ in range(30)]
+def test_a_consumer_that_is_added_late_takes_all_but_the_one_job_in_the_firsts_hands(
+        mailer, start_consumer, smtp, job):
+    addresses = [fresh_email() for _ in range(5)]
 
-    for address in addresses:
-        put(broker, job | {"email": address})
+    with held_up(mailer, job) as first:
+        for address in addresses:
+            put(mailer.broker, job | {"email": address})
+        start_consumer(BROKER_URL=mailer.broker, SMTP_PORT=str(smtp.port))
 
-    assert all(len(arrived(smtp, address)) == 1 for address in addresses)
-    assert len(smtp.mails) == 30
-    assert all(events(each.log, event="job", outcome="sent") for each in pair)
+        assert all(len(arrived(smtp, address)) == 1 for address in addresses)
+
+    assert len(arrived(mailer.smtp, first)) == 1
 
 
-def test_a_consumer_that_is_added_late_takes_its_share(
-        broker, new_mailer, start_consumer, job):
-    slow, addresses = new_mailer.smtp, [fresh_email() for _ in range(20)]
-    for address in addresses:
-        slow.replies["CONTENT", address] = [1]     # second
-        put(broker, job | {"email": address})
-    wait_until(lambda: slow.mails)
+def test_another_one_mails_the_job_of_a_consumer_that_fell_silent(
+        servers, broker, start_consumer, smtp, job):
+    def start(heartbeat):     # seconds; by default, RabbitMQ asks for one in 60
+        servers.rabbitmq.ctl(
+            "eval", f"application:set_env(rabbit, heartbeat, {heartbeat}).")
+        return start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
 
-    with contextlib.closing(SmtpServer(free_port())) as quick:
-        start_consumer(BROKER_URL=broker, SMTP_PORT=str(quick.port))
+    with paused(start(heartbeat=2)):
+        put(broker, job)
+        wait_until(lambda: not waiting_in(broker))     # the silent one has it
+        start(heartbeat=60)
 
-        wait_until(lambda: len(slow.mails) + len(quick.mails) == 20, 40)
-        assert len(quick.mails) > 10
+        wait_until(lambda: smtp.mails_to(job["email"]), 40)
+
+
+def test_it_mails_what_waited_for_a_retry_while_the_broker_was_killed(
+        servers, mailer, job):
+    smtp, broker = mailer.smtp, mailer.broker
+    smtp.replies["RCPT", job["email"]] = ["450 greylisted"] * 2
+    message_id = put(broker, job)
+    wait_until(lambda: outcomes(mailer, message_id) == ["retry", "retry"])
+    wait_until(lambda: waiting_in(broker, RETRY) == 1)
+
+    with killed(servers.rabbitmq):
+        pass
+
+    wait_until(lambda: smtp.mails_to(job["email"]), 40)
+    assert next_mail_arrives(mailer, job)
+    assert len(smtp.mails_to(job["email"])) == 1
+
+
+# -- Sessions --------------------------------------------------------------------------
+
+
+def test_it_sends_nine_mails_over_one_session_and_ends_one_that_is_idle(mailer, job):
+    smtp, addresses = mailer.smtp, [fresh_email() for _ in range(9)]
+    wait_until(lambda: not smtp.sessions)     # so that it opens another
+
+    with held_up(mailer, job) as first:
+        for address in addresses:
+            put(mailer.broker, job | {"email": address})
+
+    *nine, tenth = [mail.client for address in [first, *addresses]
+                    for mail in arrived(smtp, address)]
+    assert len(nine) == 9 and set(nine) == {nine[0]} != {tenth}
+    wait_until(lambda: not smtp.sessions)
+
+
+# -- Login and TLS at the mail server --------------------------------------------------
+
+
+@pytest.fixture
+def secure_smtp(certificate):
+    """A mail server that wants a login and encryption, and a consumer's settings."""
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*certificate)
+    smtp = SmtpServer(free_port(), tls, login=("ann", "secret"))
+    smtp.settings = {
+        "SMTP_HOST": "localhost", "SMTP_PORT": str(smtp.port),
+        "SMTP_TLS": "starttls", "SMTP_USERNAME": "ann",
+        "SMTP_PASSWORD": "secret", "SSL_CERT_FILE": str(certificate[0])}
+    yield smtp
+    smtp.close()
+
+
+@pytest.mark.parametrize("mode", ["starttls", "tls"])
+def test_it_encrypts_and_logs_in(broker, start_consumer, secure_smtp, job, mode):
+    secure_smtp.implicit_tls = mode == "tls"
+    start_consumer(BROKER_URL=broker, **secure_smtp.settings | {"SMTP_TLS": mode})
+
+    put(broker, job)
+
+    [mail] = arrived(secure_smtp, job["email"])
+    assert mail.encrypted and mail.user == "ann"
+
+
+@pytest.mark.parametrize("mode, settings_without_trust, reason", [
+    ("starttls", {"SSL_CERT_FILE": "/dev/null"}, "self-signed certificate"),
+    ("tls", {"SMTP_HOST": "127.0.0.1"}, "IP address mismatch")], ids=["issuer", "name"])
+def test_it_mails_to_no_server_that_it_cannot_verify_and_says_why(
+        broker, start_consumer, secure_smtp, job, mode, settings_without_trust, reason):
+    secure_smtp.implicit_tls = mode == "tls"
+    mailer = start_consumer(BROKER_URL=broker, **secure_smtp.settings | {
+        "SMTP_TLS": mode} | settings_without_trust)
+
+    message_id = put(broker, job)
+
+    [event] = wait_until(lambda: events(mailer.log, event="job", job=message_id))
+    assert (event["outcome"], event["code"]) == ("retry", "-")
+    assert reason in event["reason"]
+    assert secure_smtp.failed_handshakes and not secure_smtp.mails
+    assert job["email"] not in mailer.log.read_text()
+
+
+def test_it_tries_again_after_an_answer_that_is_no_smtp(
+        broker, start_consumer, secure_smtp, job):
+    secure_smtp.replies["AUTH", "ann"] = ["334 Login:"]     # it is to be Base64
+    mailer = start_consumer(BROKER_URL=broker, **secure_smtp.settings)
+
+    message_id = put(broker, job)
+
+    assert arrived(secure_smtp, job["email"])
+    wait_until(lambda: outcomes(mailer, message_id) == ["retry", "sent"])
+
+
+def test_it_tries_a_wrong_password_again_every_few_seconds_and_not_once_a_job(
+        broker, start_consumer, secure_smtp, job):
+    secure_smtp.login = ("ann", "changed")
+    start_consumer(BROKER_URL=broker, **secure_smtp.settings)
+
+    put(broker, job)
+    for _ in range(4):
+        put(broker, job | {"email": fresh_email()})
+    wait_until(lambda: len(secure_smtp.failed_logins) > 1)
+    secure_smtp.login = ("ann", "secret")
+
+    assert arrived(secure_smtp, job["email"])
+    assert all(gap >= 3 for gap in gaps(secure_smtp.failed_logins))
+
+
+# -- TLS at the broker -----------------------------------------------------------------
+
+
+@pytest.fixture
+def over_tls(servers, broker, certificate):
+    """The settings of a process that uses the broker over TLS, at one of its hosts."""
+    def settings(host):
+        url = f"amqps://guest:guest@{host}:{servers.rabbitmq.tls_port}/spare"
+        return {"BROKER_URL": url, "SSL_CERT_FILE": str(certificate[0])}
+
+    return settings
+
+
+def test_it_mails_over_a_broker_that_it_can_verify(
+        settings, over_tls, start_service, smtp, tmp_path):
+    verified, email = over_tls("127.0.0.2"), fresh_email()
+    api = start_service(**verified, WEB_CONCURRENCY="1")
+    with Consumer(tmp_path, settings | verified | {"SMTP_PORT": str(smtp.port)}):
+
+        answer = register(api, email)
+
+        assert answer.status == 202
+        assert arrived(smtp, email)
+
+
+@pytest.mark.parametrize("host, changes, reason", [
+    ("127.0.0.1", {}, "IP address mismatch"),
+    ("127.0.0.2", {"SSL_CERT_FILE": "/dev/null"}, "self-signed certificate")],
+    ids=["name", "issuer"])
+def test_it_talks_to_no_broker_that_it_cannot_verify_and_says_why(
+        settings, over_tls, start_service, tmp_path, host, changes, reason):
+    unverified = over_tls(host) | changes
+    api = start_service(**unverified, WEB_CONCURRENCY="1")
+    with Consumer(tmp_path, settings | unverified) as consumer:
+
+        answer = register(api, fresh_email())
+
+        assert problem_in(answer) == 503
+        wait_until(lambda: events(consumer.log, event="outage"))
+    assert not events(consumer.log, event="consuming")
+    for log in api.log, consumer.log:
+        assert reason in events(log, event="outage")[0]["reason"]
+        assert "guest" not in log.read_text()

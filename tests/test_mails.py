@@ -1,5 +1,6 @@
-"""The mails: what is in them, in which headers, and to whom."""
+"""What the three mails say, to whom, and what the logs of API and consumer say."""
 
+import email
 import email.policy
 import json
 import re
@@ -11,190 +12,265 @@ from servers.process import TOP
 from servers.program import Consumer
 from servers.system import SENDER
 from steps import (
+    ACTIVATE,
+    JSON,
+    REGISTER,
     activate,
     activated,
+    basic,
+    code_mailed_to,
     fresh_email,
     mailed_to,
+    problem_in,
     register,
     registered,
+    send,
+    send_raw,
     wait_until,
+    wrong,
 )
-from steps.commands import CONSUMER, GOOD, run
-from steps.jobs import arrived, consumers_of, next_mail_arrives, put
+from steps.jobs import arrived, consumers_of, put
+from steps.logs import events
 
 
-def test_it_mails_the_code(service):
+def parsed(mail):
+    return email.message_from_bytes(mail.content, policy=email.policy.default)
+
+
+# -- The three mails -------------------------------------------------------------------
+
+
+def test_it_mails_a_code_with_its_lifetime_and_when_it_was_issued(service, database):
     address, code = registered(service)
 
     mail = mailed_to(service, address)
 
-    assert re.findall(r"\b\d{4}\b", mail["text"]).count(code) == 1
-
-
-def test_it_mails_text_only(mailer, job):
-    put(mailer.broker, job)
-
-    [mail] = arrived(mailer.smtp, job["email"])
-
-    parsed = email.message_from_bytes(mail.content, policy=email.policy.default)
-    assert parsed.get_content_type() == "text/plain"
-    assert job["code"] in parsed.get_content().split()
-
-
-def test_it_says_how_long_a_code_lives_and_that_only_the_newest_one_works(service):
-    address, _ = registered(service)
-
-    text = mailed_to(service, address)["text"]
-
-    assert "60 seconds" in text
-    assert "only the newest" in text
-
-
-def test_it_says_when_a_code_was_issued(service, database):
-    address, _ = registered(service)
-
-    text = " ".join(mailed_to(service, address)["text"].split())
-
+    text, headers = mail["text"], mail["headers"]
     [(issued,)] = database("""
         SELECT to_char(registered_at AT TIME ZONE 'UTC',
                        'HH24:MI:SS "UTC on" DD FMMonth YYYY')
           FROM users WHERE email = %s""", [address])
-    assert f"issued at {issued}" in text
-
-
-def test_it_keeps_the_code_out_of_the_headers(service):
-    address, code = registered(service)
-
-    headers = mailed_to(service, address)["headers"]
-
+    assert text.splitlines().count(code) == 1
+    assert f"issued at {issued} and works for 60 seconds" in " ".join(text.split())
+    assert "only the newest" in text
     assert headers["subject"] == "Your code"
     assert not re.search(rf"\b{code}\b", json.dumps(headers["from"] + headers["to"]))
 
 
-def test_it_writes_the_headers_of_an_automatic_mail(mailer, job, settings):
+def test_it_mails_a_confirmation_and_later_a_notice_without_a_code(service):
+    address = activated(service)
+
+    register(service, address)
+
+    confirmation, notice = [mailed_to(service, address, count) for count in (2, 3)]
+    assert confirmation["subject"] == "Your account is active"
+    assert "your account is active" in confirmation["text"]
+    assert notice["subject"] == "You already have an account"
+    assert not re.search(r"\b\d{4}\b", notice["text"])
+    assert {mail["headers"]["auto-submitted"] for mail in (confirmation, notice)} == {
+        "auto-generated"}
+
+
+# -- Headers, sender and recipient -----------------------------------------------------
+
+
+def test_it_mails_text_only_with_the_headers_of_an_automatic_mail(
+        mailer, job, settings):
     message_id = put(mailer.broker, job)
 
     [mail] = arrived(mailer.smtp, job["email"])
 
-    parsed = email.message_from_bytes(mail.content, policy=email.policy.default)
-    assert parsed["From"] == settings["MAIL_FROM"]
-    assert parsed["To"] == job["email"]
-    assert parsed["Auto-Submitted"] == "auto-generated"
-    assert parsed["Message-ID"] == f"<{message_id}@example.com>"
-    assert abs(parsedate_to_datetime(parsed["Date"]).timestamp() - time.time()) < 60
-
-
-def test_it_sends_from_the_plain_address_to_one_recipient(mailer, job):
-    put(mailer.broker, job)
-
-    [mail] = arrived(mailer.smtp, job["email"])
-
+    assert parsed(mail).get_content_type() == "text/plain"
+    assert job["code"] in parsed(mail).get_content().split()
     assert mail.sender == SENDER
-    assert mail.recipients == [job["email"]]
-
-
-def test_it_never_mails_to_a_second_recipient(mailer, job):
-    first, second = fresh_email(), fresh_email()
-
-    put(mailer.broker, job | {"email": f"{first}, {second}"})
-
-    assert next_mail_arrives(mailer, job)
-    assert not mailer.smtp.tries[second]
+    headers = parsed(mail)
+    sent = parsedate_to_datetime(headers["Date"]).timestamp()
+    assert headers["From"] == settings["MAIL_FROM"]
+    assert headers["To"] == job["email"]
+    assert headers["Auto-Submitted"] == "auto-generated"
+    assert headers["Message-ID"] == f"<{message_id}@example.com>"
+    assert sent == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize("address, arrives_at", [
-    ("o'neil.{}@example.com", "o'neil.{}@example.com"),
-    ("a+tag.{}@example.com", "a+tag.{}@example.com"),
+    ("o'neil+tag.{}@example.com", "o'neil+tag.{}@example.com"),
     ("ann.{}@bücher.example", "ann.{}@xn--bcher-kva.example")])
 def test_it_mails_to_unusual_addresses(service, address, arrives_at):
     unique = fresh_email().partition("@")[0]
 
     register(service, address.format(unique))
 
-    mail = mailed_to(service, arrives_at.format(unique))
-    assert len(mail["envelope"]["to"]) == 1
-
-
-def test_it_mails_a_notice_without_a_code_to_the_owner_of_an_active_account(service):
-    address = activated(service)
-
-    register(service, address)
-
-    mail = mailed_to(service, address, 3)
-    assert mail["subject"] == "You already have an account"
-    assert not re.search(r"\b\d{4}\b", mail["text"])
-    assert mail["headers"]["auto-submitted"] == "auto-generated"
-
-
-def test_it_mails_a_confirmation(service):
-    address, code = registered(service)
-
-    activate(service, address, code)
-
-    mail = mailed_to(service, address, 2)
-    assert mail["subject"] == "Your account is active"
-    assert "your account is active" in mail["text"]
-    assert mail["headers"]["auto-submitted"] == "auto-generated"
-
-
-ANY_LANGUAGE = {
-    "Your account is active": "Ihr Konto ist eröffnet: 账户已激活 🎉",
-    "Welcome!": "Grüß Gott, ようこそ, добро пожаловать 🎉!"}
-
-
-@pytest.fixture
-def translated_mailer(broker, settings, smtp, tmp_path):
-    """A consumer with a confirmation in many languages, and a sender with a name."""
-    program = (TOP / "consumer.py").read_text()
-    for ours, theirs in ANY_LANGUAGE.items():
-        assert ours in program
-        program = program.replace(ours, theirs)
-    (tmp_path / "consumer.py").write_text(program)
-    mailer = Consumer(tmp_path / "log", settings | {
-        "BROKER_URL": broker, "SMTP_PORT": str(smtp.port),
-        "MAIL_FROM": f"Jörg von der 注册 <{SENDER}>"})
-    mailer.cwd = tmp_path
-    with mailer:
-        wait_until(lambda: consumers_of(broker))
-        yield mailer
-
-
-def test_it_mails_any_unicode(translated_mailer, broker, smtp, job):
-    put(broker, job | {"template": "confirmation"})
-
-    [mail] = arrived(smtp, job["email"])
-
-    parsed = email.message_from_bytes(mail.content, policy=email.policy.default)
-    subject, greeting = ANY_LANGUAGE.values()
-    assert parsed["Subject"] == subject
-    assert parsed["From"].addresses[0].display_name == "Jörg von der 注册"
-    assert mail.sender == parsed["From"].addresses[0].addr_spec == SENDER
-    assert greeting in parsed.get_content()
+    assert len(mailed_to(service, arrives_at.format(unique))["envelope"]["to"]) == 1
 
 
 @pytest.mark.parametrize("sender, name", [
-    (SENDER, ""), (f"Acme <{SENDER}>", "Acme"),
-    (f'"[Staging] Acme" <{SENDER}>', "[Staging] Acme"),
-    (f'"Acme, Inc." <{SENDER}>', "Acme, Inc.")])
-def test_it_mails_from_a_sender_with_or_without_a_name(
+    ("ann@mail.example.org", ""),
+    ('"[Staging] Acme, Inc." <ann@mail.example.org>', "[Staging] Acme, Inc.")])
+def test_it_mails_from_a_sender_with_or_without_a_name_and_says_its_domain(
         broker, start_consumer, smtp, job, sender, name):
     start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port), MAIL_FROM=sender)
 
-    put(broker, job)
+    message_id = put(broker, job)
 
     [mail] = arrived(smtp, job["email"])
-    parsed = email.message_from_bytes(mail.content, policy=email.policy.default)
-    [address] = parsed["From"].addresses
-    assert (address.display_name, address.addr_spec) == (name, SENDER)
-    assert mail.sender == SENDER
+    [address] = parsed(mail)["From"].addresses
+    assert address.display_name == name
+    assert mail.sender == address.addr_spec == "ann@mail.example.org"
+    assert smtp.names == ["mail.example.org"]
+    assert parsed(mail)["Message-ID"] == f"<{message_id}@mail.example.org>"
 
 
-@pytest.mark.parametrize("sender", [
-    "[Staging] Acme <a@example.com>", "Acme, Inc. <a@example.com>",
-    "Acme <a@example.com>, Bob <b@example.com>"])
-def test_it_stops_with_one_line_when_its_sender_is_no_single_address(sender):
-    code, lines = run(CONSUMER, **GOOD | {"MAIL_FROM": sender})
+def test_it_mails_any_unicode(broker, settings, smtp, tmp_path, job):
+    translations = {
+        "Your account is active": "Ihr Konto ist eröffnet: 账户已激活 🎉",
+        "Welcome!": "Grüß Gott, ようこそ, добро пожаловать 🎉!"}
+    program = (TOP / "consumer.py").read_text()
+    for ours, theirs in translations.items():
+        program = program.replace(ours, theirs)
+    (tmp_path / "consumer.py").write_text(program)
+    translated = Consumer(tmp_path / "log", settings | {
+        "BROKER_URL": broker, "SMTP_PORT": str(smtp.port),
+        "MAIL_FROM": f"Jörg von der 注册 <{SENDER}>"})
+    translated.cwd = tmp_path
 
-    assert code != 0
-    assert len(lines) == 1 and "MAIL_FROM" in lines[0]
-    assert sender not in lines[0]
+    with translated:
+        wait_until(lambda: consumers_of(broker))
+        put(broker, job | {"template": "confirmation"})
+        [mail] = arrived(smtp, job["email"])
+
+    subject, greeting = translations.values()
+    assert parsed(mail)["Subject"] == subject
+    assert greeting in parsed(mail).get_content()
+    [sender] = parsed(mail)["From"].addresses
+    assert sender.display_name == "Jörg von der 注册"
+    assert mail.sender == sender.addr_spec == SENDER
+
+
+# -- The log of the API ----------------------------------------------------------------
+
+LOGFMT = re.compile(r'time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ level=[A-Z]+'
+                    r'( [a-z_]+=("([^"\\]|\\.)*"|[^\s"]*))+')
+
+
+def test_it_logs_each_request_in_a_line(service):
+    before = len(service.log.read_text())
+
+    activate(service, fresh_email(), "1234", "wrong password")
+    register(service, "no address")
+    send(service, "GET", "/nowhere")
+    send(service, "GET", "/healthz")
+
+    def logged():
+        return re.findall(
+            r"event=request client=127\.0\.0\.1 method=(\S+) route=(\S+) status=(\d+)"
+            r" job=- ms=\d+$", service.log.read_text()[before:], re.MULTILINE)
+
+    wait_until(lambda: len(logged()) == 4)
+    assert logged() == [
+        ("PATCH", ACTIVATE, "403"), ("POST", REGISTER, "422"),
+        ("GET", "-", "404"), ("GET", "/healthz", "200")]
+
+
+def test_it_logs_nothing_that_is_secret_or_personal(service):
+    email, password = fresh_email(), "a passphrase of its own"
+    offsets = {log: len(log.read_text()) for log in (service.log, service.consumer.log)}
+
+    register(service, email, password)
+    code = code_mailed_to(service, email)
+    activate(service, email, wrong(code), password)
+    activate(service, email, code, password)
+    register(service, email, password)
+    mailed_to(service, email, 3)
+
+    def logs():     # without times, which are digits too
+        return re.sub(r"\b(time|ms)=\S*", "", "".join(
+            log.read_text()[offset:] for log, offset in offsets.items()))
+
+    # The last job is logged only after its mail has arrived.
+    wait_until(lambda: logs().count("event=request") >= 4
+               and logs().count("event=job") >= 3)
+    personal = [email, email.partition("@")[0], password,
+                basic(email, password).split()[1]]
+    assert not [each for each in personal if each in logs()]
+    assert not {code, wrong(code)} & set(re.findall(r"\w+", logs()))
+
+
+def test_it_logs_nothing_of_what_a_stranger_sends(start_service):
+    api, word = start_service(TRUSTED_PROXIES="1", WEB_CONCURRENCY="1"), "7d1f93ab20c5"
+
+    send(api, "GET", f"/{word}?{word}", headers={"Referer": word, "User-Agent": word})
+    send(api, "POST", REGISTER, word.encode(), JSON | {"X-Request-Id": word})
+    register(api, f"{word}@", word)
+    activate(api, word, word, word, Cookie=word)
+    for client in f'{word} "', f"{word} status=200", f"fe80::1%{word} status=200":
+        register(api, fresh_email(), **{"X-Forwarded-For": client})
+
+    wait_until(lambda: api.log.read_text().count(" route=/users/") == 6)
+    assert word not in api.log.read_text()
+
+
+def test_it_logs_an_error_that_it_did_not_expect_in_one_line(start_service, database):
+    api = start_service(WEB_CONCURRENCY="1")
+    email, code = registered(api)
+    database("""UPDATE users SET activated_at = '10000-01-01'
+                 WHERE email = %s""", [email])     # a year that Python does not know
+    before = len(api.log.read_text())
+
+    failed = activate(api, email, code)
+
+    assert problem_in(failed) == 500
+    wait_until(lambda: "event=request" in api.log.read_text()[before:])
+    lines = api.log.read_text()[before:].splitlines()
+    assert [line for line in lines if not LOGFMT.fullmatch(line)] == []
+    assert [line.split()[1] for line in lines] == ["level=ERROR", "level=INFO"]
+    assert "ValueError" in lines[0]
+    assert not {email, code} & set(re.findall(r"[\w@.]+", "".join(lines)))
+
+
+def test_it_logs_in_logfmt_and_utc_whatever_came(service):
+    for line in (b'GET /"quoted" HTTP/9.9', b'"GET" / level=INFO',
+                 b"GET / HTTP/1.1\r\na b"):
+        send_raw(service, line + b"\r\n\r\n")
+
+    lines = [line for log in (service.log, service.consumer.log)
+             for line in log.read_text().splitlines()]
+
+    assert [line for line in lines if not LOGFMT.fullmatch(line)] == []
+
+
+def test_it_logs_the_same_id_for_a_request_and_for_its_mail(service):
+    address = activated(service)
+    register(service, address)
+
+    mails = [mailed_to(service, address, count) for count in (1, 2, 3)]
+
+    ids = [mail["headers"]["message-id"][1:].partition("@")[0] for mail in mails]
+    requests = [events(service.log, event="request", job=job) for job in ids]
+    assert [each["route"] for [each] in requests] == [REGISTER, ACTIVATE, REGISTER]
+    wait_until(lambda: all(events(service.consumer.log, job=job, outcome="sent")
+                           for job in ids))
+
+
+# -- The log of the consumer -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome, level, reply, changes", [
+    ("sent", "INFO", "250 {}: fine", {}), ("retry", "WARNING", "450 {}: later", {}),
+    ("refused", "ERROR", "550 {}: no", {}),
+    ("expired", "WARNING", "", {"expires_at": 0}),
+    ("unreadable", "ERROR", "", {"template": "other"})])
+def test_it_logs_what_becomes_of_a_job_without_address_and_code(
+        mailer, job, outcome, level, reply, changes):
+    local_part = job["email"].partition("@")[0]
+    ends = {"expires_at": time.time() + 3}     # so that it is not tried again
+    mailer.smtp.replies["RCPT", job["email"]] = [reply.format(job["email"])]
+
+    message_id = put(mailer.broker, job | ends | changes)
+
+    [event] = wait_until(lambda: events(mailer.log, event="job", job=message_id))
+    assert (event["outcome"], event["level"]) == (outcome, level)
+    log = mailer.log.read_text()
+    assert local_part not in log
+    about_it = [line.replace(message_id, "") for line in log.splitlines()
+                if message_id in line]
+    assert not re.search(rf"\b{job['code']}\b", "".join(about_it))

@@ -129,6 +129,8 @@ def held_up(mailer, job):
     first, go_on = job | {"email": fresh_email()}, threading.Event()
     mailer.smtp.replies["CONTENT", first["email"]] = [go_on]
     put(mailer.broker, first)
-    wait_until(lambda: mailer.smtp.held)
-    yield first["email"]
-    go_on.set()
+    wait_until(lambda: not mailer.smtp.replies["CONTENT", first["email"]])
+    try:
+        yield first["email"]
+    finally:
+        go_on.set()

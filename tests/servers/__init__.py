@@ -11,7 +11,6 @@ alone what the system runs. Only for Linux (/proc).
     install.py      finds and installs what the servers need
     run.py          make run
     network.py      machines of our own, and wires that fail; only for root
-    clock.py        a clock of its own for a server, which can be wrong
     faults.py       what can go wrong with a server
     smtp.py         a mail server that answers what a test tells it
     sink.py         a mail server that can be killed, and whose record outlives it

@@ -19,7 +19,6 @@ PACKAGES = {  # by a server's name: {program: package of Debian}
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},
     "network": {"ip": "iproute2"},
-    "clock": {"faketime": "faketime"},
     "Chromium": {"chromium": "chromium"}}
 
 

@@ -10,6 +10,7 @@ when it gets it.
 import ast
 import select
 from copy import copy
+from itertools import combinations
 
 import psycopg2
 import pytest
@@ -177,9 +178,15 @@ def orders(turns):
 
 
 def orders_of(actors):
-    """Every order of the steps of these actors, as their numbers."""
-    return orders([number for number, actor in enumerate(actors)
-                   for _ in range(actor.steps)])
+    """Every order of the steps of these actors, as their numbers.
+
+    Of those that differ only in which of two like actors is which, one.
+    """
+    turns = [number for number, actor in enumerate(actors) for _ in range(actor.steps)]
+    alike = [(one, other) for one, other in combinations(set(turns), 2)
+             if vars(actors[one]) == vars(actors[other])]
+    return [order for order in orders(turns)
+            if all(order.index(one) < order.index(other) for one, other in alike)]
 
 
 # -- Every order -----------------------------------------------------------------------

@@ -122,41 +122,13 @@ def strict(servers, settings, service, tmp_path_factory):
         yield api
 
 
-@pytest.fixture(scope="module")
-def rationed(servers, settings, service, tmp_path_factory):
-    """An API behind a proxy that lets a client fail to activate twice in an hour."""
-    with Gunicorn(tmp_path_factory.mktemp("rationed"), settings | {
-            "TRUSTED_PROXIES": "1", "FAILURE_LIMIT_HOUR": "2",
-            "CODE_ATTEMPTS": "1000"}) as api:
-        api.maildev_url = service.maildev_url
-        yield api
-
-
-@pytest.fixture
-def guesses(database):
-    """How many codes were compared since the test began, as guesses().
-
-    The database counts them, in a sequence: no ROLLBACK takes a number back.
-    """
-    database("""
-        CREATE SEQUENCE guesses MINVALUE 0;
-        CREATE FUNCTION count_guess() RETURNS trigger LANGUAGE plpgsql
-            SECURITY DEFINER AS $$    -- the API may not write here
-            BEGIN PERFORM nextval('guesses'); RETURN NULL; END $$;
-        CREATE TRIGGER count_guess AFTER UPDATE ON users
-            FOR EACH ROW WHEN (new.registered_at = old.registered_at)
-            EXECUTE FUNCTION count_guess()""")
-    yield lambda: database("SELECT nextval('guesses')")[0][0]
-    database("DROP FUNCTION count_guess CASCADE; DROP SEQUENCE guesses")
-
-
 # -- Queues, consumers and their mail servers ------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
-    names = ["queue", "mailer", "faults", "clocks", "spare"]
+    names = ["queue", "mailer", "faults", "spare"]
     everything = dict.fromkeys(["configure", "write", "read"], ".*")
     file = servers.folder / "definitions.json"
     file.write_text(json.dumps({

@@ -10,7 +10,6 @@ alone what the system runs. Only for Linux (/proc).
     system.py       all of it together, with the settings: read it second
     install.py      finds and installs what the servers need
     run.py          make run
-    clock.py        a clock of its own for a server, which can be wrong
     faults.py       what can go wrong with a server
     smtp.py         a mail server that answers what a test tells it
     sink.py         a mail server that can be killed, and whose record outlives it

@@ -22,7 +22,6 @@ PACKAGES = {  # by a server's name: {program: package of Debian}
     "RabbitMQ": {"rabbitmq-server": "rabbitmq-server"},
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},
-    "clock": {"faketime": "faketime"},
     "Chromium": {"chromium": "chromium"},
     "commands": {"curl": "curl", "openssl": "openssl"}}
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import psycopg2
 import pytest
 from servers.edge import Edge
-from servers.faults import down
 from servers.install import install_missing
 from servers.process import running
 from servers.program import Gunicorn
 from steps import (
     ACTIVATE,
+    JSON,
     PASSWORD,
     REGISTER,
     activate,
@@ -33,16 +33,18 @@ from steps.logs import FIELD, events
 
 POST = (b"POST /users/register HTTP/1.1\r\nHost: a\r\n"
         b"Content-Type: application/json\r\n")
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
 HIDDEN = b"DELETE /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
+STOPPED = SimpleNamespace(port=1)    # nothing listens there
 
 
 @pytest.fixture(scope="module")
 def edge(servers, settings, service):
-    """The edge; .api is its first API and .spare the other."""
+    """The edge; .api is its first API; .spare is the other, for two proxies."""
     install_missing("nginx")
     folder = servers.folder / "edge"     # as root, nginx works as somebody else
-    behind = settings | {"TRUSTED_PROXIES": "1"}
-    apis = Gunicorn(folder / "api", behind), Gunicorn(folder / "2", behind)
+    apis = [Gunicorn(folder / proxies, settings | {
+        "TRUSTED_PROXIES": proxies, "WEB_CONCURRENCY": "1"}) for proxies in ("1", "2")]
     with running(*apis, Edge(folder, *apis)) as (api, spare, edge):
         edge.api, edge.spare, edge.maildev_url = api, spare, service.maildev_url
         yield edge
@@ -55,58 +57,40 @@ def answer_to(edge, request):
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def read(raw):
-    """The bytes of one answer, as send() gives it."""
-    head, _, body = raw.partition(b"\r\n\r\n")
-    status, *lines = head.decode().split("\r\n")
-    return SimpleNamespace(status=int(status.split()[1]), json=json.loads(body),
-                           headers=dict(line.split(": ") for line in lines))
-
-
 # -- The way through it ----------------------------------------------------------------
 
 
-def test_the_whole_flow_works_through_it(edge):
-    email = fresh_email()
+def test_the_whole_flow_works_through_it_with_the_cookies_of_a_site_with_many(edge):
+    email, cookies = fresh_email(), "a=" + "a" * 8192
 
-    accepted = register(edge, email)
-    done = activate(edge, email, code_mailed_to(edge, email))
+    accepted = register(edge, email, Cookie=cookies)
+    done = activate(edge, email, code_mailed_to(edge, email), Cookie=cookies)
 
     assert (accepted.status, done.status) == (202, 200)
 
 
-def test_it_changes_nothing_of_an_answer(edge):
-    calls = [partial(register, email="nobody"), partial(activate, email="", code="1"),
-             partial(send, method="DELETE", path=REGISTER),
-             partial(send, method="POST", path=REGISTER, body=b" " * 9000,
-                     headers={"Content-Type": "application/json"})]
+@pytest.mark.parametrize("call", [
+    partial(register, email="nobody"), partial(activate, email="", code="1"),
+    partial(send, method="DELETE", path=REGISTER),
+    partial(send, method="GET", path="/docs"),     # it leads to /docs/, on any host
+    partial(send, method="POST", path=REGISTER, body=b" " * 9000, headers=JSON)],
+    ids=["422", "401", "405", "308", "413"])
+def test_it_changes_nothing_of_an_answer(edge, call):
+    answers = [call(server) for server in (edge, edge.api)]
 
-    for call in calls:
-        direct, through = call(edge.api), call(edge)
-        for answer in (direct, through):
-            del answer.headers["Server"], answer.headers["Connection"]
-        assert shown(through) == shown(direct)
-
-
-def test_it_leads_to_the_docs_at_its_own_address(edge):
-    answer = send(edge, "GET", "/docs")
-
-    assert (answer.status, answer.headers["Location"]) == (308, "/docs/")
+    for answer in answers:
+        del answer.headers["Server"], answer.headers["Connection"]
+    assert shown(answers[0]) == shown(answers[1])
 
 
-def test_it_passes_on_which_client_a_tls_proxy_in_front_of_it_has(
-        start_service, servers):
-    api = start_service(TRUSTED_PROXIES="2")
+def test_it_passes_on_which_client_a_tls_proxy_in_front_of_it_has(edge):
+    with Edge(edge.folder / "behind", edge.spare) as behind_a_proxy:
+        send(behind_a_proxy, "GET", "/docs", headers={"X-Forwarded-For": "203.0.113.9"})
 
-    with Edge(servers.folder / "behind-tls", api) as edge:
-        send(edge, "GET", "/docs", headers={"X-Forwarded-For": "203.0.113.9"})
-
-    assert events(api.log, event="request", client="203.0.113.9")
+    assert events(edge.spare.log, event="request", client="203.0.113.9")
 
 
-@pytest.mark.parametrize("header", ["X-Forwarded-For", "X_Forwarded_For", "Forwarded",
-                                    "X-Real-IP", "Client-IP"])
-def test_it_counts_its_client_whatever_that_claims_to_be(edge, database, header):
+def test_it_counts_its_client_whatever_that_claims_to_be(edge, database):
     def counts():
         return dict(database("""
             SELECT subject, count FROM limits
@@ -115,51 +99,45 @@ def test_it_counts_its_client_whatever_that_claims_to_be(edge, database, header)
     before = counts()
     for _ in range(3):
         claim = "198.51.{}.{}".format(*secrets.token_bytes(2))
-        register(edge, fresh_email(), **{header: claim})
+        register(edge, fresh_email(), **dict.fromkeys([
+            "X-Forwarded-For", "X_Forwarded_For", "Forwarded", "X-Real-IP",
+            "Client-IP"], claim))
 
     new = {client: count - before.get(client, 0) for client, count in counts().items()}
-    assert {client for client, count in new.items() if count} == {"127.0.0.1"}
-    assert new["127.0.0.1"] == 3
+    assert {client: count for client, count in new.items() if count} == {"127.0.0.1": 3}
 
 
 def test_it_does_not_pass_health_checks_on(edge):
-    answer = send(edge, "GET", "/healthz")
-
-    assert problem_in(answer) == 404
-    assert send(edge.api, "GET", "/healthz").status == 200
+    assert problem_in(send(edge, "GET", "/healthz")) == 404
 
 
 # -- Slow clients ----------------------------------------------------------------------
 
 
-def test_it_answers_others_while_240_connections_trickle(edge):
+def test_it_answers_others_while_200_connections_trickle(edge):
     """Each sends or reads one more byte for each of the others' requests."""
-    slow = {b"GET /edge HTTP/1.1\r\nConnection: close\r\nHost: abcdefghi\r\n\r\n": 204,
-            POST + b"Connection: close\r\nContent-Length: 20\r\n\r\n" + b" " * 20: 400}
-    trickling = [(connect(edge), request, status)
-                 for request, status in slow.items() for _ in range(80)]
-    readers = [connect(edge, receive=4096) for _ in range(80)]
-    for connection, request, _ in trickling:
+    head = b"GET /edge HTTP/1.1\r\nConnection: close\r\nHost: abcdefghi\r\n\r\n"
+    body = POST + b"Connection: close\r\nContent-Length: 20\r\n\r\n" + b" " * 20
+    senders = [(connect(edge), request) for request in [head, body] * 80]
+    readers = [connect(edge, receive=4096) for _ in range(40)]
+    for connection, request in senders:
         connection.sendall(request[:-12])
-    for connection in readers:
-        connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.0\r\n\r\n")
+    for reader in readers:
+        reader.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.0\r\n\r\n")
 
     statuses = []
-    for count in range(-12, -7):
-        for connection, request, _ in trickling:
+    for count in range(-12, -9):
+        for connection, request in senders:
             connection.sendall(request[count:count + 1])
-        for connection in readers:
-            assert connection.recv(1)
+        assert all(reader.recv(1) for reader in readers)
         statuses.append(register(edge, fresh_email()).status)
 
-    assert statuses == [202] * 5
-    for connection, request, status in trickling:     # they were open all the time
-        connection.sendall(request[-7:])
-        assert connection.makefile("rb").readline().split()[1] == b"%d" % status
-        connection.close()
-    for connection in readers:
-        assert len(connection.makefile("rb").read()) > 1_000_000
-        connection.close()
+    assert statuses == [202] * 3
+    for connection, request in senders:     # they were open all the time
+        connection.sendall(request[-9:])
+        status = connection.makefile("rb").readline().split()[1]
+        assert status == (b"204" if request == head else b"400")
+    assert all(len(reader.makefile("rb").read()) > 1_000_000 for reader in readers)
 
 
 # -- Its own errors --------------------------------------------------------------------
@@ -167,36 +145,28 @@ def test_it_answers_others_while_240_connections_trickle(edge):
 
 @pytest.mark.parametrize("request_, status", [
     (b"garbage\r\n\r\n", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),      # TLS
-    (b"GET / HTTP/1.1\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: a\r\nb c: d\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a" * 20_000 + b"\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: aaaaaaaaa\r\n" * 6000 + b"\r\n", 400),
     (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
     (b"GET /docs/?" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
     (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
     (POST + b"Content-Length: 20000\r\n\r\n" + b"a" * 20000, 413),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\n5000\r\n" + b"a" * 0x5000, 413),
+    (CHUNKED + b"\r\n5000\r\n" + b"a" * 0x5000, 413),
     (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
     (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405),
     (b"GET /docs/ HTTP/1.0\r\nHost: a\r\nIf-Match: \"a\"\r\n\r\n", 412),
     (b"GET /openapi.yaml HTTP/1.0\r\nHost: a\r\nRange: bytes=9999999-\r\n\r\n", 416),
     (b"GET / HTTP/3.0\r\nHost: a\r\n\r\n", 505)])
 def test_its_own_errors_are_problems_too(edge, request_, status):
-    answer = read(answer_to(edge, request_))
+    head, _, body = answer_to(edge, request_).partition(b"\r\n\r\n")
 
+    first, *lines = head.decode().split("\r\n")
+    answer = SimpleNamespace(status=int(first.split()[1]), json=json.loads(body),
+                             headers=dict(line.split(": ") for line in lines))
     assert problem_in(answer) == status
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-@pytest.mark.parametrize("size", [3900, 8192])
-def test_it_takes_the_cookies_of_a_site_with_many(edge, size):
-    answer = register(edge, fresh_email(), Cookie="a=" + "a" * size)
-
-    assert answer.status == 202
-
-
-@pytest.mark.parametrize("path", [REGISTER, ACTIVATE, "/openapi.yaml", "/docs/"])
+@pytest.mark.parametrize("path", [REGISTER, ACTIVATE, "/docs/"])
 def test_it_names_the_same_methods_as_the_api_when_it_refuses_trace(edge, path):
     answers = [send(server, "TRACE", path) for server in (edge, edge.api)]
 
@@ -206,24 +176,22 @@ def test_it_names_the_same_methods_as_the_api_when_it_refuses_trace(edge, path):
 
 
 def test_it_answers_503_with_retry_after_while_no_api_runs(edge):
-    with down(edge.api), down(edge.spare):
-        refused = register(edge, fresh_email())
-    healed = register(edge, fresh_email())
+    with Edge(edge.folder / "alone", STOPPED, STOPPED) as alone:
+        refused = register(alone, fresh_email())
 
     assert problem_in(refused) == 503
     assert refused.headers["Retry-After"] == "2"
-    assert events(edge.log, event="edge", method="POST", status="503")
-    assert healed.status == 202
+    assert events(alone.log, event="edge", method="POST", status="503")
 
 
 # -- An API that stops -----------------------------------------------------------------
 
 
 def test_it_asks_another_api_where_one_is_stopped(edge):
-    with down(edge.api):
-        statuses = [register(edge, fresh_email()).status for _ in range(5)]
+    with Edge(edge.folder / "other", STOPPED, edge.api) as other:
+        statuses = [register(other, fresh_email()).status for _ in range(3)]
 
-    assert statuses == [202] * 5
+    assert statuses == [202] * 3
 
 
 def test_it_sends_a_request_once_even_if_the_api_dies(edge, servers, database):
@@ -241,36 +209,30 @@ def test_it_sends_a_request_once_even_if_the_api_dies(edge, servers, database):
 
     answer, _ = at_once(partial(register, edge, email), kill_when_under_way)
     edge.api.start()
+    healed = register(edge, fresh_email())
 
     assert problem_in(answer) == 503
     assert not database("SELECT 1 FROM users WHERE email = %s", [email])
     assert not mails_to(edge, email)
+    assert healed.status == 202
 
 
 # -- Smuggling -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("request_", [
-    POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n" + HIDDEN,
+    CHUNKED + b"Content-Length: 6\r\n\r\n0\r\n\r\n" + HIDDEN,
     POST + b"Content-Length: 0\r\nContent-Length: 40\r\n\r\n" + HIDDEN,
     POST + b"Content-Length: +0\r\n\r\n" + HIDDEN,
-    POST + b"Content-Length: 0, 0\r\n\r\n" + HIDDEN,
     POST + b"Content-Length : 0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
     POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + HIDDEN,
     POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n" + HIDDEN,
-    POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n24\r\n" + HIDDEN
-    + b"\r\n0\r\n\r\n",
+    CHUNKED + b"\r\n0x0\r\n\r\n" + HIDDEN,
+    CHUNKED + b"\r\n10000000000000000\r\n\r\n" + HIDDEN,
+    CHUNKED + b"Connection: close\r\n\r\n24\r\n" + HIDDEN + b"\r\n0\r\n\r\n",
     POST + b"Connection: close\r\nContent-Length: 36\r\n\r\n" + HIDDEN,
-    POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-    + HIDDEN,
+    CHUNKED.replace(b"1.1", b"1.0") + b"\r\n0\r\n\r\n" + HIDDEN,
     POST + b"A: b\r\r" + HIDDEN, POST + b"A: b\0\r\n\r\n" + HIDDEN,
-    b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n" + HIDDEN,
     b"GET /%0d%0a%0d%0aDELETE%20/ HTTP/1.0\r\n\r\n",
     b"GET /docs/?%0d%0a%0d%0aDELETE%20/ HTTP/1.0\r\n\r\n"])
 def test_no_request_reaches_the_api_inside_of_another(edge, request_):
@@ -288,19 +250,18 @@ def test_no_request_reaches_the_api_inside_of_another(edge, request_):
 # -- Its log ---------------------------------------------------------------------------
 
 
-def test_it_logs_nothing_of_what_a_stranger_sends(servers, edge):
-    word, folder = secrets.token_hex(8), servers.folder / "logged"
+def test_it_logs_nothing_of_what_a_stranger_sends(edge):
+    word = secrets.token_hex(8)
 
-    # An edge of its own: the other may still log requests of the tests before.
-    with Edge(folder, edge.api, edge.spare) as logged:
-        with down(edge.api):     # which nginx reports, if its error log lets it
-            send(logged, "GET", f"/{word}?{word}",
-                 headers={"Referer": word, "Cookie": word})
+    # nginx reports that it cannot reach the first API, if its error log lets it.
+    with Edge(edge.folder / "log", STOPPED, edge.api) as logged:
+        send(logged, "GET", f"/{word}?{word}",
+             headers={"Referer": word, "Cookie": word})
         register(logged, f"{word}@example.com", PASSWORD, X_Y=word)
         answer_to(logged, f"GET /{word} HTTP/9.9\r\n{word}\r\n\r\n".encode())
         answer_to(logged, f"{word} / HTTP/1.1\r\n{word}: x\r\n\r\n".encode())
-
         wait_until(lambda: logged.log.read_text().count("event=edge") == 4)
+
     assert word not in logged.log.read_text()
     lines = logged.log.read_text().splitlines()
     assert all(re.fullmatch(f"({FIELD.pattern}( |$))+", line)

@@ -1,73 +1,62 @@
 """Settings: missing, malformed or empty ones, and .env."""
 
-import os
 import shutil
 import sys
 
 import pytest
 from servers.process import TOP
 from servers.program import Consumer
-from steps import fresh_email, problem_in, register, wait_until, workers_of
+from steps import fresh_email, problem_in, register, wait_until
 from steps.commands import API, CONSUMER, GOOD, PROGRAM, run
 from steps.logs import events
-
-
-def without(name):
-    return {key: value for key, value in GOOD.items() if key != name}
-
 
 # -- Wrong settings --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command, name", [
-    (API, "DATABASE_URL"), (API, "BROKER_URL"), (API, "SECRET_KEY"),
-    (CONSUMER, "BROKER_URL"), (CONSUMER, "MAIL_FROM")],
+@pytest.mark.parametrize("command, name, how", [
+    (API, "DATABASE_URL", "absent"), (API, "BROKER_URL", "empty"),
+    (API, "SECRET_KEY", "absent"), (CONSUMER, "BROKER_URL", "empty"),
+    (CONSUMER, "MAIL_FROM", "absent")],
     ids=lambda value: value if isinstance(value, str) else value[-1])
-@pytest.mark.parametrize("how", ["absent", "empty"])
 def test_it_stops_with_one_line_that_names_a_missing_setting(command, name, how):
-    code, lines = run(command, **without(name) | ({name: ""} if how == "empty" else {}))
+    settings = GOOD | {name: ""}
+    if how == "absent":
+        del settings[name]
+
+    code, lines = run(command, **settings)
 
     assert code != 0
     assert lines == [f"{name} is missing; see .env.example"]
 
 
+NUMBER = "must be a number from"
+LIMIT = f"{NUMBER} 0 to 1000000000"
 LEVELS = "must be DEBUG, INFO, WARNING, ERROR or CRITICAL"
 SENDERS = 'must be an address, Name <address> or "Name, Inc." <address>'
-MALFORMED = [   # what is said of these values
+MALFORMED = [   # what is said of these values, one for each reason
     (API, "DATABASE_URL", "is no PostgreSQL URL", [
-        "registration", "mysql://ann:hush@db/registration",
-        "postgresql://ann:hu/sh@db/registration", "postgresql://ann:12/sh@db/x",
-        "postgresql://ann:hu@sh@db/registration", "postgresql://ann:hu/sh?x@db/x",
-        "postgresql://ann:hu%zzsh@db/registration", "host=db password=hu sh",
-        "postgresql://ann:hush@db/registration?sslmod=require"]),
+        "mysql://ann:hush@db/registration", "postgresql://ann:hu@sh@db/registration",
+        "postgresql://ann:12/sh@db/x"]),
     *[(command, "BROKER_URL", "is no AMQP URL", [
-        "localhost", "ann:hush@broker", "http://ann:hush@broker//",
-        "redis://:hush@broker", "amqp://ann:hush@broker:port//",
-        "amqp://ann:hush@broker:65536//", "amqp://ann:hu#sh@broker//",
-        "amqp://ann:hu/sh@broker//", "amqp://ann:hu?sh@broker//",
+        "http://ann:hush@broker//", "amqp://ann:hu#sh@broker//",
         "amqp://ann:hush@one//;redis://:hush@other"]) for command in (API, CONSUMER)],
-    (API, "SECRET_KEY", "must have 32 characters or more", [
-        "hush", "x" * 31, "\udcff" * 32]),
-    (API, "CODE_LIFETIME", "must be a number from 1 to 86400", [
-        "0", "-1", "86401", "a minute", "60.0", "60 s"]),
-    (API, "CODE_ATTEMPTS", "must be a number from 1 to 9999", ["0", "3.5", "10000"]),
-    *[(API, name, "must be a number from 0 to 1000000000", ["-1", "5/h", "1e3"])
-      for name in ("EMAIL_LIMIT_HOUR", "EMAIL_LIMIT_DAY", "ACTIVATE_LIMIT_HOUR",
-                   "IP_LIMIT", "FAILURE_LIMIT_HOUR")],
-    (API, "TRUSTED_PROXIES", "must be a number from 0 to 9", ["yes", "10", "²"]),
-    (API, "WEB_CONCURRENCY", "must be a number from 1 to 9999", ["0", "10000"]),
-    (CONSUMER, "SMTP_HOST", "is no host name", ["mail..example.com", "m" * 64]),
-    (CONSUMER, "SMTP_PORT", "must be a number from 1 to 65535", ["0", "smtp", "65536"]),
-    (CONSUMER, "SMTP_TLS", "must be none, starttls or tls", ["ssl", "TLS"]),
-    (CONSUMER, "SMTP_USERNAME", "must be ASCII", ["jörg", "\udcff"]),
+    (API, "SECRET_KEY", "must have 32 characters or more", ["x" * 31, "\udcff" * 32]),
+    (API, "CODE_LIFETIME", f"{NUMBER} 1 to 86400", ["0", "86401", "60 s"]),
+    (API, "CODE_ATTEMPTS", f"{NUMBER} 1 to 9999", ["3.5"]),
+    (API, "EMAIL_LIMIT_HOUR", LIMIT, ["-1"]), (API, "EMAIL_LIMIT_DAY", LIMIT, ["-1"]),
+    (API, "ACTIVATE_LIMIT_HOUR", LIMIT, ["-1"]), (API, "IP_LIMIT", LIMIT, ["-1"]),
+    (API, "FAILURE_LIMIT_HOUR", LIMIT, ["-1"]),
+    (API, "TRUSTED_PROXIES", f"{NUMBER} 0 to 9", ["10"]),
+    (API, "WEB_CONCURRENCY", f"{NUMBER} 1 to 9999", ["0"]),
+    (CONSUMER, "SMTP_HOST", "is no host name", ["mail..example.com"]),
+    (CONSUMER, "SMTP_PORT", f"{NUMBER} 1 to 65535", ["0", "65536", "smtp"]),
+    (CONSUMER, "SMTP_TLS", "must be none, starttls or tls", ["TLS"]),
+    (CONSUMER, "SMTP_USERNAME", "must be ASCII", ["jörg"]),
     (CONSUMER, "SMTP_PASSWORD", "must be ASCII", ["schlüssel"]),
     (CONSUMER, "MAIL_FROM", SENDERS, [
-        "registration", "Registration <>", "Registration <registration>", "@",
-        "[Staging] Acme <ann@example.com>", "Ann, Bob <ann@example.com>",
-        "ann@example.com,bob@example.com", "Ann <ann@example.com;>",
-        "\udcff <ann@example.com>"]),
-    *[(command, "LOG_LEVEL", LEVELS, ["verbose", "info", "INFO,DEBUG", "10"])
-      for command in (API, CONSUMER)]]
+        "Registration <registration>", "Ann, Bob <ann@example.com>",
+        "[Staging] Acme <ann@example.com>", "\udcff <ann@example.com>"]),
+    (API, "LOG_LEVEL", LEVELS, ["info"]), (CONSUMER, "LOG_LEVEL", LEVELS, ["10"])]
 
 
 @pytest.mark.parametrize("command, name, problem, value", [
@@ -82,27 +71,12 @@ def test_it_stops_with_one_line_that_says_what_is_wrong_and_shows_no_value(
 
 
 @pytest.mark.parametrize("name, value", [
-    ("DATABASE_URL", "postgresql://registration_api@%2Fvar%2Frun%2Fpostgresql/x"),
-    ("DATABASE_URL", "postgresql://ann@one,two:5433/x?target_session_attrs=read-write"),
-    ("DATABASE_URL", "host=db user=ann password=hush"),
-    ("DATABASE_URL", "postgresql:///x?host=/var/run/postgresql"),
-    ("BROKER_URL", "amqp://ann:hush@one//;amqp://ann:hush@two:5673//"),
-    ("BROKER_URL", "amqps://ann:hu%2Fsh@broker/a%2Fb")])
-def test_it_takes_whatever_url_the_libraries_take(name, value):
-    assert run([*API, "--check-config"], **GOOD | {name: value}) == (0, [])
-
-
-@pytest.mark.parametrize("name, value", [
-    ("DATABASE_URL", "postgresql://ann:hu#sh@127.0.0.1:1/x"),
     ("DATABASE_URL", "postgresql://ann:hu?sh@127.0.0.1:1/x"),
     ("DATABASE_URL", "postgresql://ann:hush@127.0.0.1:70000/x"),
-    ("DATABASE_URL", "host=127.0.0.1 port=1 user=ann password=hush"),
     ("BROKER_URL", "amqp://ann:hu@sh@127.0.0.1:1//"),
-    ("BROKER_URL", "amqp://127.0.0.1:1/hush@broker//"),
-    ("BROKER_URL", "amqp://ann:hush@bro..ker//"),
-    ("BROKER_URL", f"amqp://ann:hush@{'b' * 64}//")])
+    ("BROKER_URL", "amqp://ann:hush@bro..ker//")])
 def test_it_shows_no_part_of_a_password_in_an_outage_either(start_service, name, value):
-    api = start_service(**{name: value})
+    api = start_service(WEB_CONCURRENCY="1", **{name: value})
 
     answer = register(api, fresh_email())
 
@@ -112,101 +86,68 @@ def test_it_shows_no_part_of_a_password_in_an_outage_either(start_service, name,
                    for part in ("hu", "sh@", value))
 
 
-def test_it_accepts_the_settings_that_these_tests_call_good():
-    assert run([*API, "--check-config"], **GOOD) == (0, [])
+# -- Good settings ---------------------------------------------------------------------
 
 
-OPTIONAL = ["CODE_LIFETIME", "CODE_ATTEMPTS", "EMAIL_LIMIT_HOUR", "EMAIL_LIMIT_DAY",
-            "ACTIVATE_LIMIT_HOUR", "IP_LIMIT", "FAILURE_LIMIT_HOUR", "TRUSTED_PROXIES",
-            "LOG_LEVEL", "SMTP_HOST", "SMTP_PORT", "SMTP_USERNAME", "SMTP_PASSWORD",
-            "SMTP_TLS"]
+@pytest.mark.parametrize("database, broker", [
+    ("postgresql://registration_api@%2Fvar%2Frun%2Fpostgresql/x",
+     "amqps://ann:hu%2Fsh@broker/a%2Fb"),
+    ("postgresql://ann@one,two:5433/x?target_session_attrs=read-write",
+     "amqp://ann:hush@one//;amqp://ann:hush@two:5673//"),
+    ("host=db user=ann password=hush", GOOD["BROKER_URL"])])
+def test_it_takes_whatever_url_the_libraries_take(database, broker):
+    urls = {"DATABASE_URL": database, "BROKER_URL": broker}
+
+    assert run([*API, "--check-config"], **GOOD | urls) == (0, [])
 
 
-def test_it_takes_an_empty_setting_for_one_that_is_not_set():
-    empty = dict.fromkeys(OPTIONAL, "")
+def test_it_takes_an_empty_setting_for_one_that_is_not_set(tmp_path):
+    settings = GOOD | dict.fromkeys([
+        "CODE_LIFETIME", "CODE_ATTEMPTS", "EMAIL_LIMIT_HOUR", "EMAIL_LIMIT_DAY",
+        "ACTIVATE_LIMIT_HOUR", "IP_LIMIT", "FAILURE_LIMIT_HOUR", "TRUSTED_PROXIES",
+        "LOG_LEVEL", "SMTP_HOST", "SMTP_PORT", "SMTP_USERNAME", "SMTP_PASSWORD",
+        "SMTP_TLS"], "")
 
-    assert run([*API, "--check-config"], **GOOD | empty) == (0, [])
+    with Consumer(tmp_path, settings) as consumer:
+        checked = run([*API, "--check-config"], **settings)
+        wait_until(lambda: events(consumer.log, event="outage"))
 
-
-def test_the_consumer_takes_an_empty_setting_for_one_that_is_not_set(tmp_path):
-    empty = dict.fromkeys(OPTIONAL, "")
-
-    with Consumer(tmp_path, GOOD | empty) as consumer:
-
-        wait_until(lambda: "event=outage" in consumer.log.read_text())
+    assert checked == (0, [])
 
 
 # -- .env ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of the program in a folder of its own, without a .env."""
+def with_dotenv(folder, **settings):
+    """The folder, with a copy of the program in it, and these settings in .env."""
     for name in [*PROGRAM, "openapi.yaml", "common-passwords.txt"]:
-        shutil.copy(TOP / name, tmp_path)
-    return tmp_path
-
-
-def write_dotenv(folder, **settings):
+        shutil.copy(TOP / name, folder)
     (folder / ".env").write_text("".join(
         f"{name}='{value}'\n" for name, value in settings.items()
         if name != "PYTHON_DOTENV_DISABLED"))
+    return folder
 
 
-@pytest.mark.parametrize("command", [API, CONSUMER], ids=["api", "consumer"])
-def test_it_reads_dotenv(copy, command):
-    wrong = {"SECRET_KEY": "short", "SMTP_TLS": "nonsense"}
-    write_dotenv(copy, **GOOD | wrong)
+@pytest.mark.parametrize("command, right, wrong", [
+    (API, {"SECRET_KEY": GOOD["SECRET_KEY"]}, {"WEB_CONCURRENCY": "three"}),
+    (CONSUMER, {"SMTP_PORT": "25"}, {"MAIL_FROM": "nobody"})], ids=["api", "consumer"])
+def test_it_reads_dotenv_which_the_environment_overrides(
+        tmp_path, command, right, wrong):
+    folder = with_dotenv(tmp_path, **GOOD | dict.fromkeys(right, "nonsense") | wrong)
 
-    code, [line] = run(command, copy)
+    code, lines = run(command, folder, **right)
 
     assert code != 0
-    assert line.split()[0] in wrong
+    assert len(lines) == 1 and lines[0].split()[0] in wrong
 
 
 @pytest.mark.parametrize("module, name", [
     ("service", "SECRET_KEY"), ("consumer", "SMTP_PASSWORD")])
-def test_it_reads_what_is_between_single_quotes_as_it_is(copy, module, name):
+def test_it_reads_what_is_between_single_quotes_as_it_is(tmp_path, module, name):
     value = "of $32 characters, ${HOME} and $$ # too"
-    write_dotenv(copy, **GOOD | {name: value})
+    folder = with_dotenv(tmp_path, **GOOD | {name: value})
 
-    result = run([sys.executable, "-c", f"import {module} as m; print(m.{name})"], copy)
+    result = run([sys.executable, "-c", f"import {module} as m; print(m.{name})"],
+                 folder)
 
     assert result == (0, [value])
-
-
-def test_it_lets_the_environment_override_dotenv(copy):
-    write_dotenv(copy, **GOOD | {"SECRET_KEY": "short"})
-
-    result = run([*API, "--check-config"], copy, SECRET_KEY=GOOD["SECRET_KEY"])
-
-    assert result == (0, [])
-
-
-def test_it_lets_the_environment_override_dotenv_in_the_consumer(copy):
-    write_dotenv(copy, SMTP_PORT="nonsense")
-
-    code, lines = run(CONSUMER, copy, SMTP_PORT="25", BROKER_URL=GOOD["BROKER_URL"])
-
-    assert code != 0
-    assert "MAIL_FROM" in lines[0]     # it is the next one, and missing
-
-
-def test_it_checks_the_number_of_workers_in_dotenv(copy):
-    write_dotenv(copy, **GOOD | {"WEB_CONCURRENCY": "three"})
-
-    code, lines = run(API, copy)
-
-    assert code != 0
-    assert len(lines) == 1 and "WEB_CONCURRENCY" in lines[0]
-
-
-def test_it_takes_the_number_of_workers_from_dotenv(copy, default_api):
-    more = 2 * os.cpu_count() + 3
-    write_dotenv(copy, WEB_CONCURRENCY=more)
-    default_api.cwd = copy
-    default_api.env["PYTHON_DOTENV_DISABLED"] = "0"
-
-    with default_api as api:
-
-        wait_until(lambda: len(workers_of(api)) == more)

@@ -7,12 +7,15 @@ instead; the others need to kill servers, so they always have their own.
 import contextlib
 import json
 import os
+import secrets
 import subprocess
+import threading
 import uuid
 from types import SimpleNamespace
 
 import psycopg2
 import pytest
+from servers.faults import nothing, way_to
 from servers.install import install_missing
 from servers.maildev import MailDev
 from servers.process import free_port
@@ -20,7 +23,7 @@ from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 from servers.smtp import SmtpServer
 from servers.system import running_program, running_servers, settings_for
-from steps import fresh_email, register, wait_until
+from steps import fresh_email, register, wait_until, wait_until_at_rest
 from steps.jobs import consumers_of, delete_queues, purge, take_job
 
 # -- The system ------------------------------------------------------------------------
@@ -104,6 +107,31 @@ def start_service(servers, settings, service, tmp_path):
         api.stop()
 
 
+@pytest.fixture(scope="module")
+def relayed_of_module(request, servers, settings, service):
+    with (way_to(settings["DATABASE_URL"]) as database,
+          way_to(settings["BROKER_URL"]) as broker,
+          Gunicorn(servers.folder / f"relayed{secrets.token_hex(4)}", settings | {
+              "DATABASE_URL": database.url, "BROKER_URL": broker.url,
+              "WEB_CONCURRENCY": request.module.WORKERS,
+              "CODE_LIFETIME": "600"}) as api):
+        api.ways = {"database": database, "broker": broker}
+        api.maildev_url = service.maildev_url
+        yield api
+
+
+@pytest.fixture
+def relayed(relayed_of_module):
+    """An API with the WORKERS of the test's file; relays to its servers are its .ways.
+    Its connections are open."""
+    for way in relayed_of_module.ways.values():
+        way.seconds, way.answers, way.is_held = 0, None, nothing
+        way.released.set()
+        way.held, way.released = threading.Event(), threading.Event()
+    wait_until_at_rest(relayed_of_module)
+    return relayed_of_module
+
+
 @pytest.fixture
 def default_api(settings, tmp_path):
     """An API, not started yet, whose environment does not set WEB_CONCURRENCY."""
@@ -128,7 +156,7 @@ def strict(servers, settings, service, tmp_path_factory):
 @pytest.fixture(scope="session")
 def brokers(servers):
     """Brokers apart from the others, virtual hosts in RabbitMQ; their URLs by name."""
-    names = ["queue", "mailer", "faults", "spare"]
+    names = ["queue", "mailer", "spare"]
     everything = dict.fromkeys(["configure", "write", "read"], ".*")
     file = servers.folder / "definitions.json"
     file.write_text(json.dumps({

@@ -1,38 +1,38 @@
-"""Servers that are down, paused, alarmed, read-only, full or cut; killed processes.
+"""Servers that are down, paused, alarmed, read-only, full or silent; killed processes.
 
 Each fault is real. While it lasts, the API answers 503 within 5 seconds and keeps
 nothing; when it is over, everything works again by itself, with the same processes.
-test_slow_world.py is about answers that come late.
+test_slow_world.py is about crowds.
 """
 
 import contextlib
+import http.client
 import os
-import re
 import signal
-import threading
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from servers.faults import (
     alarmed,
     answering,
     crowded,
-    cut_connections,
     cut_sessions,
     down,
     full,
+    killed,
     nothing,
     paused,
     read_only,
     row_locked,
     saying,
     statements_waiting,
-    way_to,
 )
-from servers.process import tree
-from servers.system import running_program
+from servers.process import TOP, tree
+from servers.program import Gunicorn, resolver_options
 from steps import (
     activate,
     at_once,
@@ -46,223 +46,124 @@ from steps import (
     send,
     timed,
     wait_until,
+    wait_until_at_rest,
     workers_of,
 )
-from steps.jobs import MAIL, delete_queues, fill, put, take_all, take_job, waiting_in
+from steps.jobs import delete_queues, take_job, waiting_in
+from steps.logs import events
 
 ANOTHER = "another fine password"
+INSERT, UPDATE, JOB = b"INSERT INTO users", b"UPDATE users", b'"template"'
+CONFIRMED = "Your account is active"
+WORKERS = "1"     # of the API with relays
 
 
 @pytest.fixture(scope="module")
-def system_of_module(servers, settings, brokers):
-    changed = settings | {"BROKER_URL": brokers["faults"], "CODE_LIFETIME": "600"}
-    with running_program(servers.folder / "faults", changed) as (api, consumer):
-        yield SimpleNamespace(
-            api=api, consumer=consumer, broker=brokers["faults"], url=api.url,
-            maildev_url=servers.mail_server.web_url)
+def system_of_module(servers, settings, service):
+    with Gunicorn(servers.folder / "faults", settings | {
+            "WEB_CONCURRENCY": "4", "CODE_LIFETIME": "600"}) as api:
+        api.consumer, api.maildev_url = service.consumer, service.maildev_url
+        api.since = time.monotonic()
+        yield api
 
 
 @pytest.fixture
 def system(system_of_module):
-    """An API and a consumer with a broker of their own; codes live ten minutes."""
+    """An API with four workers and its .consumer; codes live ten minutes."""
     wait_until_at_rest(system_of_module)
     return system_of_module
 
 
-def wait_until_at_rest(system):
-    """Until nobody in a crowd is refused, as some are for a second after a stall."""
-    def healthy():
-        return send(system, "GET", "/healthz").status == 200
-
-    wait_until(lambda: all(at_once(*[healthy] * 16)), seconds=10)
+def timed_at_once(*calls):
+    return at_once(*[partial(timed, call) for call in calls])
 
 
 def processes(system):
-    return tree(system.api.process.pid) + tree(system.consumer.process.pid)
+    return tree(system.process.pid) + tree(system.consumer.process.pid)
 
 
-def rows_of(servers, email):
-    return int(servers.postgres.psql(
-        f"SELECT count(*) FROM users WHERE email = '{email}'"))
+def kept(servers, email):
+    """How many rows the database has of an address."""
+    return int(servers.postgres.psql(f"""
+        SELECT (SELECT count(*) FROM users WHERE email = '{email}')
+             + (SELECT count(*) FROM limits WHERE subject = '{email}')"""))
 
 
-def is_active(servers, email):
-    return servers.postgres.psql(
-        f"SELECT activated_at IS NOT NULL FROM users WHERE email = '{email}'") == "t"
+def heals(api, email, code):
+    """Whether the right pair activates its account, and one mail confirms that."""
+    def confirmations():
+        return [mail["subject"] for mail in mails_to(api, email)].count(CONFIRMED)
 
-
-def confirmations_to(system, email):
-    return [mail for mail in mails_to(system, email)
-            if mail["subject"] == "Your account is active"]
-
-
-def named_in(refused):
-    """The servers that the detail of a 503 names."""
-    return re.findall("broker|database", refused.json["detail"])
-
-
-def heals(system, email, code):
-    """Whether the right pair activates its account in time, and the mail is sent."""
-    wait_until_at_rest(system)
-    before = len(confirmations_to(system, email))
-    return activate(system, email, code).status == 200 and wait_until(
-        lambda: len(confirmations_to(system, email)) > before)
+    wait_until_at_rest(api)
+    return (activate(api, email, code).status == 200
+            and wait_until(confirmations) == 1)
 
 
 # -- Outages of the database and the broker --------------------------------------------
 
 
-OF_BROKER = {
-    "broker down": lambda servers: down(servers.rabbitmq),
+OUTAGES = {
     "broker paused": lambda servers: paused(servers.rabbitmq),
-    "broker alarmed": lambda servers: alarmed(servers.rabbitmq)}
-OF_DATABASE = {
+    "broker alarmed": lambda servers: alarmed(servers.rabbitmq),
     "database down": lambda servers: down(servers.postgres),
     "database paused": lambda servers: paused(servers.postgres),
     "database read-only": lambda servers: read_only(servers.postgres),
     "database crowded": lambda servers: crowded(servers.postgres)}
-OUTAGES = OF_BROKER | OF_DATABASE
 
 
-@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())
-def test_it_refuses_registrations_in_time_keeps_nothing_and_heals(
-        servers, system, outage):
-    email, code = registered(system)
-    new, before = fresh_email(), processes(system)
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_it_refuses_in_time_keeps_nothing_and_heals(servers, system, outage):
+    (email, code), new, before = registered(system), fresh_email(), processes(system)
+    server = outage.partition(" ")[0]
+    calls = [partial(register, system, new), partial(register, system, email, ANOTHER)]
+    if server == "database":
+        calls.append(partial(activate, system, email, code))
+    if "paused" in outage:     # the other outages can leave the health check at 200
+        calls.append(partial(send, system, "GET", "/healthz"))
 
-    with outage(servers):
-        answers = at_once(
-            lambda: timed(lambda: register(system, new)),
-            lambda: timed(lambda: register(system, email, ANOTHER)))
+    with OUTAGES[outage](servers):
+        answers = timed_at_once(*calls)
 
     assert all(refused_in_time(answer) for answer in answers)
-    assert heals(system, email, code)    # so ANOTHER has replaced nothing
-    assert rows_of(servers, new) == 0
+    assert all(server in answer.json["detail"] for answer in answers)
+    assert heals(system, email, code)     # so ANOTHER has replaced nothing
+    assert kept(servers, new) == 0
     assert processes(system) == before
 
 
-@pytest.mark.parametrize("outage", OF_DATABASE.values(), ids=OF_DATABASE.keys())
-def test_it_refuses_activations_in_time_keeps_nothing_and_heals(
-        servers, system, outage):
-    email, code = registered(system)
+@pytest.mark.parametrize("outage", [paused, alarmed])
+def test_it_activates_in_time_without_a_broker_and_logs_which_mails_are_missing(
+        servers, database, relayed, outage):
+    pairs = at_once(*[partial(registered, relayed)] * 8)
+    calls = [partial(activate, relayed, *pair) for pair in pairs]
 
-    with outage(servers):
-        refused = timed(lambda: activate(system, email, code))
+    with outage(servers.rabbitmq):
+        answers = timed_at_once(*calls)
 
-    assert refused_in_time(refused)
-    assert not is_active(servers, email)
-    wait_until_at_rest(system)
-    registered(system)     # its mail comes after a confirmation would have come
-    assert not confirmations_to(system, email)
-    assert heals(system, email, code)
-
-
-@pytest.mark.parametrize("outage", OF_BROKER.values(), ids=OF_BROKER.keys())
-@pytest.mark.parametrize("order", ["in turn", "at once"])
-def test_it_activates_in_time_without_a_broker(
-        servers, system_of_module, start_service, outage, order):
-    api = start_service(BROKER_URL=system_of_module.broker, CODE_LIFETIME="600")
-    wait_until_at_rest(api)     # after the test before this one
-    calls = [partial(timed, partial(activate, api, *registered(api)))
-             for _ in range(6)]
-
-    with outage(servers):
-        answers = (at_once(*calls) if order == "at once"
-                   else [call() for call in calls])
-
-    assert [answer.status for answer in answers] == [200] * 6
+    assert [answer.status for answer in answers] == [200] * 8
     assert all(answer.seconds < 5 for answer in answers)
+    active = database("SELECT count(activated_at) FROM users WHERE email = ANY(%s)",
+                      [[email for email, _ in pairs]])
+    assert active == [(8,)]
+    requests = events(relayed.log, event="request", route="/users/activate")[-8:]
+    outages = events(relayed.log, event="outage", server="broker")[-8:]
+    jobs = sorted(event["job"] for event in requests)
+    assert sorted(event["job"] for event in outages) == jobs
+    assert len(jobs[-1]) > 8     # after a time-out, some are not even published: "-"
 
 
-def test_it_opens_the_connection_anew_for_a_confirmation_when_the_broker_is_back(
-        servers, system_of_module, start_service):
-    api = start_service(BROKER_URL=system_of_module.broker, WEB_CONCURRENCY="1",
-                        CODE_LIFETIME="600")
-    wait_until_at_rest(api)
-    (first, code), (second, another_code) = registered(api), registered(api)
-
-    with down(servers.rabbitmq):
-        assert activate(api, first, code).status == 200
-
-    assert activate(api, second, another_code).status == 200
-    assert mailed_to(api, second, 2)["subject"] == "Your account is active"
-
-
-@contextlib.contextmanager
-def out_of_space(servers, broker):
-    with full(servers.rabbitmq, "spare"):
-        fill(broker)
-        yield
-    take_all(broker, MAIL)
-
-
-OF_PUBLISHING = {
-    "broker down": lambda servers, broker: down(servers.rabbitmq),
-    "broker paused": lambda servers, broker: paused(servers.rabbitmq),
-    "broker alarmed": lambda servers, broker: alarmed(servers.rabbitmq),
-    "queue full": out_of_space}
-
-
-@pytest.mark.parametrize("outage", OF_PUBLISHING.values(), ids=OF_PUBLISHING.keys())
-def test_it_counts_nothing_against_an_address_that_it_refuses(
-        servers, broker, database, start_service, outage):
-    api = start_service(BROKER_URL=broker, WEB_CONCURRENCY="1", EMAIL_LIMIT_HOUR="1")
-    wait_until_at_rest(api)     # its connections are open now
-    email = fresh_email()
-
-    with outage(servers, broker):
-        refused = [register(api, email).status for _ in range(3)]
-
-    assert refused == [503, 503, 503]
-    wait_until(lambda: register(api, email).status == 202)
-    counts = database("SELECT count FROM limits WHERE subject = %s", [email])
-    assert counts == [(1,), (1,)]     # of this hour, and of this day
-
-
-@pytest.mark.parametrize("server, outage", [
-    ("broker", "broker paused"), ("database", "database paused"),
-    ("database", "database down")])
-def test_it_names_in_healthz_the_server_that_does_not_answer(
-        servers, start_service, server, outage):
-    api = start_service(WEB_CONCURRENCY="1")
-
-    with OUTAGES[outage](servers):
-        sick = timed(lambda: send(api, "GET", "/healthz"))
-
-    assert refused_in_time(sick)
-    assert named_in(sick) == [server]
-    wait_until(lambda: send(api, "GET", "/healthz").status == 200)
-
-
-def test_its_callers_do_not_notice_that_idle_connections_were_cut(servers, system):
-    cut_connections(servers.rabbitmq, "faults")
-
-    answers = [register(system, fresh_email()).status for _ in range(10)]
-
-    assert answers == [202] * 10
-
-
-def test_its_callers_do_not_notice_that_idle_sessions_were_cut(servers, system):
-    cut_sessions(servers.postgres)
-
-    answers = [register(system, fresh_email()).status for _ in range(10)]
-
-    assert answers == [202] * 10
-
-
-def test_it_answers_503_while_its_queue_is_full(servers, queue):
-    with full(servers.rabbitmq, "queue"):
-        wait_until(lambda: register(queue, fresh_email()).status == 503)
-        email, jobs = fresh_email(), waiting_in(queue.broker)
-        refused = timed(lambda: register(queue, email))
+def test_it_accepts_nothing_while_its_queue_is_full(servers, system):
+    with paused(system.consumer), full(servers.rabbitmq):
+        wait_until(lambda: register(system, fresh_email()).status == 503)
+        email, jobs = fresh_email(), waiting_in(servers.rabbitmq.url)
+        refused = timed(lambda: register(system, email))
 
         assert refused_in_time(refused)
-        assert rows_of(servers, email) == 0
-        assert waiting_in(queue.broker) == jobs
+        assert kept(servers, email) == 0
+        assert waiting_in(servers.rabbitmq.url) == jobs
 
-    take_all(queue.broker, MAIL)
-    wait_until(lambda: register(queue, email).status == 202)
-    assert take_job(queue.broker)["email"] == email
+    wait_until(lambda: register(system, email).status == 202)
+    assert activate(system, email, code_mailed_to(system, email)).status == 200
 
 
 def test_it_loses_no_mail_when_its_queue_was_deleted(start_service, broker):
@@ -278,147 +179,258 @@ def test_it_loses_no_mail_when_its_queue_was_deleted(start_service, broker):
     assert take_job(broker)["email"] == email
 
 
-def test_it_waits_for_no_lock_longer_than_a_caller_would(servers, system):
+def test_it_waits_for_no_lock_longer_than_a_caller_would_and_leaves_none_waiting(
+        servers, system):
     email, code = registered(system)
 
     with row_locked(servers.postgres, email):
-        answers = at_once(lambda: timed(lambda: register(system, email, ANOTHER)),
-                          lambda: timed(lambda: activate(system, email, code)))
+        answers = timed_at_once(partial(register, system, email, ANOTHER),
+                                partial(activate, system, email, code))
 
         # The others' turn comes while the lock is still there.
         wait_until(lambda: register(system, fresh_email()).status == 202)
+        wait_until(lambda: statements_waiting(servers.postgres) == 0, seconds=5)
 
     assert all(refused_in_time(answer) for answer in answers)
     assert heals(system, email, code)
 
 
-def test_it_leaves_no_statement_waiting_that_it_gave_up(servers, system):
-    email, _ = registered(system)
+def test_it_answers_in_time_while_the_dns_server_is_silent(servers, settings):
+    path = servers.folder / "dns.socket"     # the API is in a network of its own
+    api = Gunicorn(servers.folder / "dns", settings | {
+        "DATABASE_URL": "postgresql://registration@database.test/registration",
+        "BROKER_URL": "amqp://guest:guest@broker.test//",
+        "RES_OPTIONS": resolver_options()}, options=["--bind", f"unix:{path}"])
+    command = ["unshare", "--map-root-user", "--mount", "--net", sys.executable,
+               TOP / "tests/servers/silent_dns.py", *api.command()]
+    api.command, api.answers = lambda: command, path.exists
+    connection = http.client.HTTPConnection("localhost")
 
-    with row_locked(servers.postgres, email):
-        assert register(system, email, ANOTHER).status == 503
+    with api, socket.socket(socket.AF_UNIX) as connection.sock:
+        connection.sock.connect(str(path))
+        connection.request("GET", "/healthz")
+        answer = timed(connection.getresponse)
 
-        wait_until(lambda: statements_waiting(servers.postgres) == 0, seconds=5)
+    assert answer.status == 503 and answer.seconds < 5
 
 
-# -- COMMIT fails after the publish ----------------------------------------------------
+# -- An answer comes late, or never ----------------------------------------------------
 
 
-@pytest.fixture
-def at_commit(servers):
-    """Has the database do something at the COMMIT of a change of one address."""
-    with contextlib.ExitStack() as cleanup:
-        def prepare(email, action):
-            name = f"at_commit_{email.partition('@')[0]}"
-            cleanup.callback(servers.postgres.psql, f"DROP FUNCTION {name} CASCADE")
-            servers.postgres.psql(f"""
-                CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS
-                       $$ BEGIN {action}; RETURN NULL; END $$;
-                CREATE CONSTRAINT TRIGGER {name} AFTER INSERT OR UPDATE ON users
-                       DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-                  WHEN (NEW.email = '{email}') EXECUTE FUNCTION {name}()""")
-
-        prepare.undo = cleanup.close
-        yield prepare
+@contextlib.contextmanager
+def at_commit(servers, action, *emails):
+    """Has the database do something at the COMMIT of a change of these addresses."""
+    servers.postgres.psql(f"""
+        CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS
+               $$ BEGIN {action}; RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE ON users
+               DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+          WHEN (NEW.email = ANY ('{{{','.join(emails)}}}'))
+               EXECUTE FUNCTION at_commit()""")
+    try:
+        yield
+    finally:
+        servers.postgres.psql("DROP FUNCTION at_commit CASCADE")
 
 
 @pytest.mark.parametrize("action", [
     "RAISE 'no'", "PERFORM pg_terminate_backend(pg_backend_pid())"],
     ids=["refused", "connection lost"])
-def test_it_mails_a_code_of_no_use_when_commit_fails(system, at_commit, action):
-    email = fresh_email()
-    at_commit(email, action)
+def test_it_keeps_nothing_and_mails_a_code_of_no_use_when_commit_fails(
+        servers, system, action):
+    (email, code), new = registered(system), fresh_email()
 
-    refused = timed(lambda: register(system, email))
+    with at_commit(servers, action, email, new):
+        answers = timed_at_once(partial(activate, system, email, code),
+                                partial(register, system, new))
 
-    assert refused_in_time(refused)
-    dead_code = code_mailed_to(system, email)
-    assert activate(system, email, dead_code).status == 403
-    at_commit.undo()
-    wait_until(lambda: register(system, email).status == 202, seconds=10)
-    assert activate(system, email, code_mailed_to(system, email, 2)).status == 200
+    assert all(refused_in_time(answer) for answer in answers)
+    dead_code = code_mailed_to(system, new)
+    assert activate(system, new, dead_code).status == 403
+    assert heals(system, email, code)
+    assert register(system, new).status == 202
+    assert activate(system, new, code_mailed_to(system, new, 2)).status == 200
 
 
-def test_its_code_works_though_the_answer_to_commit_was_lost(servers, start_service):
-    email = fresh_email()
-    with way_to(servers.postgres.api_url) as way:
-        api = start_service(DATABASE_URL=way.url)
-        way.is_held = answering(b"INSERT INTO users", b"COMMIT")
+def test_its_code_works_and_it_can_be_asked_again_when_the_answer_to_commit_was_lost(
+        relayed):
+    way, emails = relayed.ways["database"], [fresh_email(), fresh_email()]
 
-        refused = timed(lambda: register(api, email))
+    for email in emails:
+        way.is_held = answering(INSERT, b"COMMIT")
+        refused = timed(lambda email=email: register(relayed, email))
         way.is_held = nothing
-
         assert refused_in_time(refused)
-        assert named_in(refused) == ["database"]
-        code = code_mailed_to(api, email)
-        wait_until(lambda: activate(api, email, code).status == 200, seconds=10)
+        assert "database" in refused.json["detail"]
+        wait_until_at_rest(relayed)
 
-
-def test_it_can_be_asked_again_when_the_answer_to_commit_was_lost(
-        servers, start_service):
-    email = fresh_email()
-    with way_to(servers.postgres.api_url) as way:
-        api = start_service(DATABASE_URL=way.url, WEB_CONCURRENCY="1")
-        way.is_held = answering(b"INSERT INTO users", b"COMMIT")
-        assert register(api, email).status == 503
-        way.is_held = nothing
-
-        wait_until(lambda: register(api, email, ANOTHER).status == 202, seconds=10)
-
-        code = code_mailed_to(api, email, 2)
-        assert activate(api, email, code, ANOTHER).status == 200
+    first, second = emails
+    assert activate(relayed, first, code_mailed_to(relayed, first)).status == 200
+    assert register(relayed, second, ANOTHER).status == 202
+    code = code_mailed_to(relayed, second, 2)
+    assert activate(relayed, second, code, ANOTHER).status == 200
 
 
 def test_it_waits_for_commit_as_long_as_for_all_before_it_once_the_job_is_confirmed(
-        servers, start_service, at_commit):
-    email = fresh_email()
-    with way_to(servers.rabbitmq.url) as way:
-        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
-        register(api, fresh_email())     # its connections are open now
-        at_commit(email, "PERFORM pg_sleep(1.5)")
-        way.seconds = 1.2
+        servers, relayed):
+    email, way = fresh_email(), relayed.ways["broker"]
 
-        accepted = timed(lambda: register(api, email))
+    with at_commit(servers, "PERFORM pg_sleep(1.2)", email):
+        way.seconds = 1
+        accepted = timed(lambda: register(relayed, email))
         way.seconds = 0
-        at_commit.undo()
 
-        assert accepted.status == 202 and accepted.seconds < 5
-        code = code_mailed_to(api, email)
-        wait_until(lambda: activate(api, email, code).status == 200, seconds=10)
+    assert accepted.status == 202 and accepted.seconds < 5
+    assert heals(relayed, email, code_mailed_to(relayed, email))
 
 
-def test_it_answers_503_if_the_broker_fails_and_then_the_database_at_the_rollback(
-        servers, start_service):
-    email = fresh_email()
-    with way_to(servers.rabbitmq.url) as way, ThreadPoolExecutor() as threads:
-        api = start_service(BROKER_URL=way.url, WEB_CONCURRENCY="1")
-        register(api, fresh_email())     # its connections are open now
-        way.is_held = saying(b'"template"')
+def test_it_mails_a_code_of_no_use_if_the_broker_fails_and_then_the_database(
+        servers, relayed):
+    email, way = fresh_email(), relayed.ways["broker"]
+    way.is_held = answering(JOB)
 
-        under_way = threads.submit(register, api, email)
+    with ThreadPoolExecutor() as threads:
+        under_way = threads.submit(timed, lambda: register(relayed, email))
         assert way.held.wait(20)
-        cut_sessions(servers.postgres)
+        cut_sessions(servers.postgres)     # so even ROLLBACK fails
         refused = under_way.result()
+    way.is_held = nothing
+
+    assert refused_in_time(refused)
+    late_code = code_mailed_to(relayed, email)
+    assert activate(relayed, email, late_code).status == 403
+    wait_until(lambda: register(relayed, email).status == 202)
+
+
+def test_it_registers_and_mails_confirmations_over_a_slow_broker(relayed):
+    pairs, way = [registered(relayed), registered(relayed)], relayed.ways["broker"]
+    way.answers = 0
+    register(relayed, fresh_email())     # now it needs a new connection
+    way.answers, way.seconds = None, 0.4     # two seconds until it is there
+
+    accepted = timed(lambda: register(relayed, fresh_email()))
+    answers = [activate(relayed, *pair).status for pair in pairs]
+
+    assert accepted.status == 202 and accepted.seconds < 5
+    assert answers == [200, 200]
+    for email, _ in pairs:
+        assert mailed_to(relayed, email, 2)["subject"] == CONFIRMED
+
+
+@pytest.mark.parametrize("server, text", [("broker", JOB), ("database", INSERT)])
+def test_it_logs_why_it_got_no_answer_and_not_what_failed_as_a_consequence(
+        relayed, server, text):
+    # The open connection breaks off, then a new one after each step; then, silence.
+    breaks = [{"answers": answers} for answers in (0, 0, 1, 2, 3, 4, 5)]
+    for fault in *breaks, {"answers": None, "is_held": saying(text)}:
+        vars(relayed.ways[server]).update(fault)
+
+        refused = timed(lambda: register(relayed, fresh_email()))
+
+        assert refused_in_time(refused)
+        outage = events(relayed.log, event="outage")[-1]
+        assert outage["server"] == server
+        assert outage["error"] not in ("KeyError", "InterfaceError")
+        assert outage["reason"] not in ("", "None")
+
+
+# -- A worker is killed in the middle of a request, at each step of it -----------------
+
+
+def kill_worker_during(call, api, server, is_held):
+    """Kills the worker when the way to the server holds something of a request. The
+    caller gets no answer."""
+    way = api.ways[server]
+    way.is_held = is_held
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(call)
+        assert way.held.wait(20)
+        os.kill(workers_of(api)[0], signal.SIGKILL)
+        way.is_held = nothing
         way.released.set()
-
-        assert refused.status == 503
-        assert named_in(refused) in (["broker"], ["database"])   # both are right
-        wait_until(lambda: register(api, email).status == 202, seconds=10)
+        assert isinstance(answer.exception(20), OSError)
 
 
-def test_it_counts_no_activation_whose_commit_failed(servers, system, at_commit):
-    email, code = registered(system)
-    at_commit(email, "RAISE 'no'")
+# The step: the server, what is held, whether the registration is kept, number of mails.
+OF_REGISTERING = {
+    "before the client is counted": (
+        "database", saying, [b"register client"], False, 0),
+    "before the row is written": ("database", saying, [INSERT], False, 0),
+    "after the row is written": ("database", answering, [INSERT], False, 0),
+    "after the job is published": ("broker", answering, [JOB], False, 1),
+    "before COMMIT": ("database", saying, [INSERT, b"COMMIT"], False, 1),
+    "after COMMIT": ("database", answering, [INSERT, b"COMMIT"], True, 1)}
 
-    refused = activate(system, email, code)
 
-    assert refused.status == 503
-    assert not is_active(servers, email)
-    at_commit.undo()
-    wait_until(lambda: activate(system, email, code).status == 200, seconds=10)
+@pytest.mark.parametrize("step", OF_REGISTERING)
+def test_it_keeps_a_registration_or_nothing_of_it_when_it_is_killed(
+        servers, relayed, step):
+    server, held, texts, is_kept, mails = OF_REGISTERING[step]
+    email = fresh_email()
+
+    kill_worker_during(lambda: register(relayed, email), relayed, server, held(*texts))
+
+    assert kept(servers, email) == (3 if is_kept else 0)     # the account, two limits
+    if mails:
+        code = code_mailed_to(relayed, email)
+        assert activate(relayed, email, code).status == (200 if is_kept else 403)
+    if not is_kept:
+        wait_until(lambda: register(relayed, email).status == 202)
+        code = code_mailed_to(relayed, email, mails + 1)
+        assert activate(relayed, email, code).status == 200
 
 
-# -- Outages of the mail server ------------------------------------------------------
+# The step: the server, what is held, whether the account is active, number of mails.
+OF_ACTIVATING = {
+    "before the code is compared": ("database", saying, [UPDATE], False, 1),
+    "before COMMIT": ("database", saying, [UPDATE, b"COMMIT"], False, 1),
+    "after COMMIT": ("database", answering, [UPDATE, b"COMMIT"], True, 1),
+    "before the job is published": ("broker", saying, [JOB], True, 1),
+    "after the job is published": ("broker", answering, [JOB], True, 2)}
+
+
+@pytest.mark.parametrize("step", OF_ACTIVATING)
+def test_it_activates_an_account_or_spends_no_attempt_when_it_is_killed(
+        database, relayed, step):
+    server, held, texts, active, mails = OF_ACTIVATING[step]
+    email, code = registered(relayed)
+
+    kill_worker_during(lambda: activate(relayed, email, code), relayed, server,
+                       held(*texts))
+
+    state = database("SELECT activated_at IS NOT NULL, attempts FROM users "
+                     "WHERE email = %s", [email])
+    assert state == [(True, 1) if active else (False, 0)]
+    assert mailed_to(relayed, email, mails)
+    assert activate(relayed, email, code).status == (409 if active else 200)
+
+
+# -- Killed servers and processes; the mail server is away -----------------------------
+
+
+def test_it_loses_nothing_by_power_cuts_and_activates_without_a_broker(
+        servers, service, system):
+    (first, code), (second, another_code) = registered(system), registered(system)
+    email, new = fresh_email(), fresh_email()
+    # RabbitMQ notes a new queue on its disk only after a second.
+    wait_until(lambda: time.monotonic() > system.since + 3)
+
+    with paused(system.consumer):
+        accepted = register(system, email)
+        with killed(servers.rabbitmq):
+            refused = timed(lambda: register(system, new))
+            activated = timed(lambda: activate(system, first, code))
+        with killed(servers.postgres):
+            pass
+
+    assert accepted.status == 202
+    assert refused_in_time(refused)
+    assert kept(servers, new) == 0
+    assert activated.status == 200 and activated.seconds < 5
+    wait_until(lambda: register(service, fresh_email()).status == 202)
+    assert activate(system, second, another_code).status == 200    # it connects anew
+    assert mailed_to(system, second, 2)["subject"] == CONFIRMED
+    assert heals(system, email, code_mailed_to(system, email))
 
 
 @pytest.mark.parametrize("outage", [down, paused])
@@ -427,54 +439,8 @@ def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
 
     with outage(servers.mail_server):
         accepted = timed(lambda: register(system, email))
-        wait_until(lambda: waiting_in(system.broker) == 0)
+        wait_until(lambda: waiting_in(servers.rabbitmq.url) == 0)
 
     assert accepted.status == 202 and accepted.seconds < 5
     assert activate(system, email, code_mailed_to(system, email)).status == 200
     assert processes(system) == before
-
-
-# -- Killed servers and processes ------------------------------------------------------
-
-
-def test_it_keeps_waiting_jobs_and_registrations_through_power_cuts(servers, system):
-    with paused(system.consumer):
-        email = fresh_email()
-        accepted = register(system, email)
-        for server in servers.rabbitmq, servers.postgres:
-            server.kill()
-            server.start()
-
-    assert accepted.status == 202
-    assert heals(system, email, code_mailed_to(system, email))
-
-
-def test_it_loses_no_job_when_a_consumer_is_killed(broker, start_consumer, smtp, job):
-    first = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    addresses = [fresh_email() for _ in range(5)]
-    smtp.replies["CONTENT", addresses[0]] = [threading.Event()]
-    for address in addresses:
-        put(broker, job | {"email": address})
-    wait_until(lambda: smtp.held)
-
-    first.kill()
-    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-
-    wait_until(lambda: all(smtp.mails_to(address) for address in addresses))
-    assert len(smtp.mails) == 5
-
-
-def test_it_goes_on_when_its_workers_are_killed(start_service):
-    api = start_service()
-    with ThreadPoolExecutor(16) as threads:
-        requests = [threads.submit(register, api, fresh_email()) for _ in range(16)]
-        wait(requests, return_when=FIRST_COMPLETED)
-        for worker in workers_of(api):
-            os.kill(worker, signal.SIGKILL)
-
-    def is_well():
-        answers = at_once(*[lambda: register(api, fresh_email())] * 10)
-        return {answer.status for answer in answers} == {202}
-
-    wait_until(is_well, seconds=10)
-    assert len(workers_of(api)) == 2

@@ -1,20 +1,43 @@
-"""SIGTERM: the requests and the mail under way finish, and the process exits 0.
+"""Processes that begin and end: SIGTERM, and the workers and their connections.
 
-Within 10 seconds, whether the broker can be reached or not.
+After SIGTERM, the requests and the mail under way finish, and the process exits 0
+within 10 seconds, whether the broker can be reached or not.
 """
 
+import contextlib
+import os
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import pytest
-from servers.faults import paused, row_locked, statements_waiting
-from servers.program import Consumer
-from servers.smtp import HANG
-from steps import fresh_email, register, wait_until
+from servers.faults import (
+    crowded,
+    cut_connections,
+    cut_sessions,
+    paused,
+    row_locked,
+    statements_waiting,
+)
+from servers.program import Consumer, Gunicorn
+from steps import (
+    activate,
+    fresh_email,
+    mailed_to,
+    problem_in,
+    register,
+    registered,
+    send,
+    wait_until,
+    workers_of,
+)
 from steps.jobs import put, waiting_in
 from steps.logs import events
+
+ESTABLISHED = "01"     # in /proc/net/tcp
 
 
 def stops(program):
@@ -23,116 +46,96 @@ def stops(program):
     return program.process.wait(10)
 
 
-def test_it_stops_when_idle(start_service, start_consumer, broker):
-    api, consumer = start_service(), start_consumer(BROKER_URL=broker)
-
-    assert stops(api) == 0
-    assert stops(consumer) == 0
+# -- Stopping the API ------------------------------------------------------------------
 
 
-# -- The API ---------------------------------------------------------------------------
-
-
-def test_it_answers_the_request_under_way_before_it_stops(servers, start_service):
+def test_it_answers_the_request_under_way_before_it_stops_while_a_client_stalls(
+        servers, start_service):
     api, email = start_service(), fresh_email()
     register(api, email)
-
-    with ThreadPoolExecutor() as threads, row_locked(servers.postgres, email):
-        under_way = threads.submit(register, api, email, "another fine password")
-        wait_until(lambda: statements_waiting(servers.postgres) == 1)
-        api.process.send_signal(signal.SIGTERM)
-
-    assert under_way.result().status == 202
-    assert api.process.wait(10) == 0
-
-
-def test_it_stops_under_load(start_service):
-    api = start_service()
-    with ThreadPoolExecutor(16) as threads:
-        requests = [threads.submit(register, api, fresh_email()) for _ in range(64)]
-        wait(requests, return_when=FIRST_COMPLETED)
-
-        assert stops(api) == 0
-
-    outcomes = [request.exception() or request.result().status for request in requests]
-    assert all(outcome in (202, 503) or isinstance(outcome, OSError)
-               for outcome in outcomes)
-
-
-def test_it_stops_while_a_client_stalls(start_service):
-    api = start_service()
-    with socket.create_connection(("127.0.0.1", api.port)) as client:
+    with (ThreadPoolExecutor() as threads,
+          socket.create_connection(("127.0.0.1", api.port)) as client):
         client.sendall(b"POST /users/register HTTP/1.1\r\nHost: localhost\r\n"
                        b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
         client.settimeout(0.5)
         with pytest.raises(TimeoutError):     # no answer: it waits for the rest
             client.recv(1)
 
-        assert stops(api) == 0
+        with row_locked(servers.postgres, email):
+            under_way = threads.submit(register, api, email, "another fine password")
+            wait_until(lambda: statements_waiting(servers.postgres) == 1)
+            api.process.send_signal(signal.SIGTERM)
+
+        assert under_way.result().status == 202
+        assert api.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("server", ["rabbitmq", "postgres"])
-def test_it_stops_while_a_server_is_paused(servers, start_service, server):
+@pytest.mark.parametrize("outage", [
+    lambda servers: contextlib.nullcontext(), lambda servers: paused(servers.rabbitmq),
+    lambda servers: paused(servers.postgres)],
+    ids=["all is well", "broker paused", "database paused"])
+def test_it_stops_under_load(servers, start_service, outage):
     api = start_service()
     register(api, fresh_email())
 
-    with paused(getattr(servers, server)), ThreadPoolExecutor() as threads:
-        under_way = threads.submit(register, api, fresh_email())
+    with outage(servers), ThreadPoolExecutor(16) as threads:
+        requests = [threads.submit(register, api, fresh_email()) for _ in range(64)]
+        wait(requests, timeout=0.5, return_when=FIRST_COMPLETED)
+
         assert stops(api) == 0
 
-    outcome = under_way.exception() or under_way.result().status
-    assert outcome == 503 or isinstance(outcome, OSError)
+    failures = [request.exception() for request in requests if request.exception()]
+    assert all(isinstance(failure, OSError) for failure in failures)     # no answer
+    assert {request.result().status for request in requests
+            if not request.exception()} <= {202, 503}
 
 
-# -- The consumer ----------------------------------------------------------------------
+# -- Stopping the consumer -------------------------------------------------------------
 
 
-def test_it_finishes_the_mail_under_way_and_takes_no_more(
-        broker, start_consumer, smtp, job):
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    answer = threading.Event()
-    smtp.replies["CONTENT", job["email"]] = [answer]
-    put(broker, job)
-    for _ in range(60):
-        put(broker, job | {"email": fresh_email()})
+@pytest.fixture
+def busy(broker, start_consumer, smtp):
+    """A consumer of ten jobs. The mail server holds the third back until .answer."""
+    def start():
+        return start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
+
+    consumer, answer = start(), threading.Event()
+    consumer.start_another, consumer.answer = start, answer
+    consumer.addresses = [fresh_email() for _ in range(10)]
+    smtp.replies["CONTENT", consumer.addresses[2]] = [answer]
+    for address in consumer.addresses:
+        put(broker, {"template": "notice", "email": address,
+                     "issued_at": time.time(), "expires_at": time.time() + 600})
     wait_until(lambda: smtp.held)
-
-    consumer.process.send_signal(signal.SIGTERM)
-    answer.set()
-
-    assert consumer.process.wait(10) == 0
-    assert [mail.recipients for mail in smtp.mails] == [[job["email"]]]
-    wait_until(lambda: waiting_in(broker) == 60)     # 61: its ack was lost on the way
+    return consumer
 
 
-def test_it_loses_and_repeats_nothing_when_it_stops_under_load(
-        broker, start_consumer, smtp, job):
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    for _ in range(100):
-        put(broker, job | {"email": fresh_email()})
-
-    wait_until(lambda: smtp.mails)
-    assert stops(consumer) == 0
-
-    wait_until(lambda: waiting_in(broker) + len(smtp.mails) == 100)
-    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    wait_until(lambda: len(smtp.mails) == 100)
-    assert len({mail.recipients[0] for mail in smtp.mails}) == 100
+def recipients(smtp):
+    return [address for mail in smtp.mails for address in mail.recipients]
 
 
-def test_it_loses_nothing_when_it_is_killed_because_the_mail_server_hangs(
-        broker, start_consumer, smtp, job):
-    consumer = start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    smtp.replies["CONTENT", job["email"]] = [HANG]
-    put(broker, job)
-    wait_until(lambda: smtp.tries[job["email"]])
+def test_it_finishes_the_mail_under_way_takes_no_more_and_loses_and_repeats_nothing(
+        broker, smtp, busy):
+    busy.process.send_signal(signal.SIGTERM)
+    busy.answer.set()
 
-    consumer.process.send_signal(signal.SIGTERM)
-    consumer.kill()
+    assert busy.process.wait(10) == 0
+    assert recipients(smtp) == busy.addresses[:3]
+    wait_until(lambda: waiting_in(broker) == 7)     # 8: its ack was lost on the way
+    another = busy.start_another()
+    wait_until(lambda: len(smtp.mails) == 10)
+    assert sorted(recipients(smtp)) == sorted(busy.addresses)
+    assert stops(another) == 0     # though it is idle
 
-    wait_until(lambda: waiting_in(broker) == 1)
-    start_consumer(BROKER_URL=broker, SMTP_PORT=str(smtp.port))
-    wait_until(lambda: len(smtp.mails_to(job["email"])) == 1)
+
+def test_it_loses_and_repeats_nothing_when_it_is_killed_because_the_mail_server_hangs(
+        smtp, busy):
+    busy.process.send_signal(signal.SIGTERM)
+    busy.kill()
+
+    busy.start_another()
+    wait_until(lambda: len(smtp.mails) == 10)
+    assert sorted(recipients(smtp)) == sorted(busy.addresses)
 
 
 def test_it_stops_while_the_broker_is_paused(servers, broker, start_consumer):
@@ -148,3 +151,81 @@ def test_it_stops_while_there_is_no_broker(settings, tmp_path):
         wait_until(lambda: events(consumer.log, event="outage"))
 
         assert stops(consumer) == 0
+
+
+# -- The API's workers, and the connections that each of them has ----------------------
+
+
+def test_two_workers_for_each_core_and_one_more_say_at_once_if_they_get_no_session(
+        servers, default_api):
+    expected = min(2 * os.cpu_count() + 1, 40)
+
+    with crowded(servers.postgres):
+        default_api.launch()     # and nobody asks it for anything
+        try:
+            wait_until(lambda: default_api.log.read_text().count(
+                "too many connections for role") >= expected)
+            assert len(workers_of(default_api)) == expected
+        finally:
+            default_api.stop()
+
+
+@pytest.fixture(scope="module")
+def lone(servers, settings, service):
+    """An API with one worker that takes one registration of an address."""
+    with Gunicorn(servers.folder / "lone", settings | {
+            "WEB_CONCURRENCY": "1", "EMAIL_LIMIT_HOUR": "1"}) as api:
+        api.maildev_url = service.maildev_url
+        yield api
+
+
+def connections_of(worker, servers):
+    """Its open connections to the servers: {(the server's port, our end)}."""
+    ports = servers.postgres.port, servers.rabbitmq.port
+    sockets = {os.readlink(file) for file in Path(f"/proc/{worker}/fd").iterdir()
+               if file.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    ends = [(int(row[2].partition(":")[2], 16), row[1]) for row in rows[1:]
+            if f"socket:[{row[9]}]" in sockets and row[3] == ESTABLISHED]
+    return {(port, end) for port, end in ends if port in ports}
+
+
+def test_it_goes_on_over_one_connection_to_each_server_after_errors(
+        servers, lone, database):
+    (first, code), (second, another_code) = registered(lone), registered(lone)
+    [worker] = workers_of(lone)
+    before = connections_of(worker, servers)
+    database("""UPDATE users SET activated_at = '10000-01-01'
+                 WHERE email = %s""", [second])     # a year that Python does not know
+
+    refused = [register(lone, first).status, register(lone, "nobody").status,
+               activate(lone, fresh_email(), code).status]
+    failed = activate(lone, second, another_code)
+    following = [register(lone, fresh_email()).status,
+                 send(lone, "GET", "/healthz").status]
+
+    assert refused == [429, 422, 403]
+    assert problem_in(failed) == 500
+    assert following == [202, 200]
+    assert workers_of(lone) == [worker]
+    assert connections_of(worker, servers) == before
+    assert sorted(port for port, _ in before) == sorted(
+        [servers.postgres.port, servers.rabbitmq.port])
+
+
+@pytest.mark.parametrize("name, cut", [
+    ("postgres", cut_sessions), ("rabbitmq", cut_connections)])
+def test_it_opens_only_the_connection_anew_that_was_cut_and_no_caller_notices(
+        servers, lone, name, cut):
+    (email, code), [worker] = registered(lone), workers_of(lone)
+    before = connections_of(worker, servers)
+    cut(getattr(servers, name))
+
+    answers = [activate(lone, email, code).status,
+               register(lone, fresh_email()).status]
+
+    assert answers == [200, 202]
+    new = connections_of(worker, servers) - before
+    assert [port for port, _ in new] == [getattr(servers, name).port]
+    assert len(connections_of(worker, servers)) == 2
+    assert mailed_to(lone, email, 2)["subject"] == "Your account is active"

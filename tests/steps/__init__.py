@@ -130,6 +130,14 @@ def wait_until(condition, seconds=20):
     return result
 
 
+def wait_until_at_rest(service, seconds=20):
+    """Until nobody in a crowd is refused, as some are for a second after a stall."""
+    def healthy():
+        return send(service, "GET", "/healthz").status == 200
+
+    wait_until(lambda: all(at_once(*[healthy] * 16)), seconds)
+
+
 def mails_to(service, email):
     """All mails that MailDev has for an address, as its dicts, the oldest first."""
     maildev = SimpleNamespace(url=service.maildev_url)

@@ -10,7 +10,6 @@ import uuid
 from contextlib import contextmanager
 
 import amqp
-from amqp.exceptions import MessageNacked
 from kombu import Connection
 
 from steps import fresh_email, wait_until
@@ -46,17 +45,6 @@ def put_raw(broker, body, **properties):
     return properties["message_id"]
 
 
-def fill(broker):
-    """Puts something into the queue until it takes nothing more."""
-    def refused():
-        try:
-            put_raw(broker, b"{}")
-        except MessageNacked:
-            return True
-
-    wait_until(refused)
-
-
 def take(broker, queue=MAIL):
     """Waits for a message and takes it out of the queue."""
     with channel_to(broker) as channel:
@@ -66,12 +54,6 @@ def take(broker, queue=MAIL):
 def take_job(broker):
     """The same, as the job that it is."""
     return json.loads(take(broker).body)
-
-
-def take_all(broker, queue):
-    """Takes all messages that a queue has; does not wait for any."""
-    with channel_to(broker) as channel:
-        return list(iter(lambda: channel.basic_get(queue, no_ack=True), None))
 
 
 def waiting_in(broker, queue=MAIL):

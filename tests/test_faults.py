@@ -6,11 +6,8 @@ test_slow_world.py is about crowds.
 """
 
 import contextlib
-import http.client
 import os
 import signal
-import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,8 +28,8 @@ from servers.faults import (
     saying,
     statements_waiting,
 )
-from servers.process import TOP, tree
-from servers.program import Gunicorn, resolver_options
+from servers.process import tree
+from servers.program import Gunicorn
 from steps import (
     activate,
     at_once,
@@ -193,25 +190,6 @@ def test_it_waits_for_no_lock_longer_than_a_caller_would_and_leaves_none_waiting
 
     assert all(refused_in_time(answer) for answer in answers)
     assert heals(system, email, code)
-
-
-def test_it_answers_in_time_while_the_dns_server_is_silent(servers, settings):
-    path = servers.folder / "dns.socket"     # the API is in a network of its own
-    api = Gunicorn(servers.folder / "dns", settings | {
-        "DATABASE_URL": "postgresql://registration@database.test/registration",
-        "BROKER_URL": "amqp://guest:guest@broker.test//",
-        "RES_OPTIONS": resolver_options()}, options=["--bind", f"unix:{path}"])
-    command = ["unshare", "--map-root-user", "--mount", "--net", sys.executable,
-               TOP / "tests/servers/silent_dns.py", *api.command()]
-    api.command, api.answers = lambda: command, path.exists
-    connection = http.client.HTTPConnection("localhost")
-
-    with api, socket.socket(socket.AF_UNIX) as connection.sock:
-        connection.sock.connect(str(path))
-        connection.request("GET", "/healthz")
-        answer = timed(connection.getresponse)
-
-    assert answer.status == 503 and answer.seconds < 5
 
 
 # -- An answer comes late, or never ----------------------------------------------------

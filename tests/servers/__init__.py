@@ -13,5 +13,4 @@ alone what the system runs. Only for Linux (/proc).
     faults.py       what can go wrong with a server
     smtp.py         a mail server that answers what a test tells it
     sink.py         a mail server that can be killed, and whose record outlives it
-    silent_dns.py   a DNS server that never answers
 """

@@ -1,7 +1,6 @@
 """The program: the API under Gunicorn, and the consumer."""
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +29,6 @@ class Program(Server):
         self.env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ")
                     if name in os.environ}
         self.env |= {"PYTHON_DOTENV_DISABLED": "1", **env}
-
-
-def resolver_options():
-    """RES_OPTIONS of the Dockerfile."""
-    return "".join(re.findall('^ENV RES_OPTIONS="(.*)"$',
-                              (TOP / "Dockerfile").read_text(), re.MULTILINE))
 
 
 class Gunicorn(Program):

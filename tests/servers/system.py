@@ -72,11 +72,11 @@ def create_tables(postgres, database="registration", home=TOP):
 
 
 @contextmanager
-def running_servers(mail_server):
+def running_servers(mail_server, rabbitmq=RabbitMQ):
     """PostgreSQL with the tables, RabbitMQ, and a mail server: MailDev or Sink."""
     install_missing(Postgres.name, RabbitMQ.name, mail_server.name)
     with temporary_folder() as folder, running(
-            Postgres(folder), RabbitMQ(folder), mail_server(folder)) as servers:
+            Postgres(folder), rabbitmq(folder), mail_server(folder)) as servers:
         postgres, rabbitmq, mail_server = servers
         create_tables(postgres)
         yield SimpleNamespace(folder=folder, postgres=postgres, rabbitmq=rabbitmq,

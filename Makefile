@@ -28,9 +28,10 @@ PYTEST = .venv/bin/python -m pytest -n 4 --dist worksteal
 test: .venv/complete
 	$(PYTEST) tests $(OPTIONS)
 
+# Two processes, since starting servers takes most of the time, and no other plugin.
 quick: .venv/complete
-	$(PYTEST) tests/test_flow.py tests/test_register.py tests/test_activate.py \
-		tests/test_limits.py $(OPTIONS)
+	env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTEST) -p xdist -n 2 tests/test_flow.py \
+		tests/test_register.py tests/test_activate.py tests/test_limits.py $(OPTIONS)
 
 compose: .venv/complete
 	$(PYTHON) -m pytest tests/compose/modes.py $(OPTIONS)

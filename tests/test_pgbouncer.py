@@ -38,10 +38,11 @@ def pooled(servers, settings, service):
 
 
 def test_it_registers_and_activates_through_pgbouncer(pooled):
-    email, code = registered(pooled)
+    client = fresh_client()
+    email, code = registered(pooled, **client)
 
-    refused = activate(pooled, email, wrong(code))
-    done = activate(pooled, email, code)
+    refused = activate(pooled, email, wrong(code), **client)
+    done = activate(pooled, email, code, **client)
 
     assert [refused.status, done.status] == [403, 200]
     assert mailed_to(pooled, email, 2)["subject"] == "Your account is active"
@@ -67,11 +68,12 @@ def test_it_holds_its_limits_for_30_requests_at_once_through_pgbouncer(pooled):
 
 def test_it_gives_up_a_locked_row_through_pgbouncer_and_leaves_nothing_behind(
         servers, pooled):
-    email, code = registered(pooled)
+    email, code = registered(pooled, **fresh_client())
     with row_locked(servers.postgres, email):
-        refused = timed(partial(activate, pooled, email, code))
+        refused = timed(partial(activate, pooled, email, code, **fresh_client()))
 
         assert refused_in_time(refused)
         wait_until(lambda: statements_waiting(servers.postgres) == 0, seconds=5)
 
-    wait_until(lambda: activate(pooled, email, code).status == 200)
+    wait_until(
+        lambda: activate(pooled, email, code, **fresh_client()).status == 200)

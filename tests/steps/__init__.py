@@ -160,13 +160,13 @@ def wrong(code):
     return f"{(int(code) + 1) % 10_000:04}"
 
 
-def registered(service):
+def registered(service, **headers):
     """A fresh address that waits: (email, the code that was mailed).
 
     Like a client, it asks again after a 503: another test may have slowed a server down.
     """
     email = fresh_email()
-    wait_until(lambda: register(service, email).status == 202)
+    wait_until(lambda: register(service, email, **headers).status == 202)
     return email, code_mailed_to(service, email)
 
 

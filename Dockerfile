@@ -1,6 +1,7 @@
-# base and program make the image that runs; tests is base with the tests on top, suite has
-# all servers, too. database and edge are public images with a file or two of ours: a mounted file would have the mode
-# that it has in your clone, and perhaps nobody but you may read it.
+# base and program make the image that runs. tests is for trying what runs; suite has servers
+# of its own and runs all tests. database and edge are public images with a file or two of
+# ours: a mounted file would have the mode that it has in your clone, and perhaps nobody but
+# you may read it.
 
 FROM postgres:17-alpine AS database
 COPY --chmod=444 sql/schema.sql /docker-entrypoint-initdb.d/1-schema.sql
@@ -20,16 +21,16 @@ RUN pip install --no-cache-dir --require-hashes -r requirements.lock
 # Root's and read-only: the program cannot change itself.
 COPY --chmod=444 service.py consumer.py gunicorn.conf.py openapi.yaml common-passwords.txt ./
 
-FROM base AS tests
+FROM base AS packages
 COPY tests/requirements.lock tests/
 RUN pip install --no-cache-dir --require-hashes -r tests/requirements.lock
+
+FROM packages AS tests
 COPY --chmod=755 tests tests
 USER 10001:10001
 CMD ["pytest", "-p", "no:cacheprovider", "tests/test_flow.py"]
 
-FROM base AS suite
-COPY tests/requirements.lock tests/
-RUN pip install --no-cache-dir --require-hashes -r tests/requirements.lock
+FROM packages AS suite
 COPY tests/servers tests/servers
 RUN PYTHONPATH=tests python -m servers.install
 # An ordinary user. initdb wants one that has a name.

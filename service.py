@@ -21,7 +21,7 @@ may still fail. If a server fails, this is left:
       COMMIT                    unchanged    a code of no use            503
       the answer to COMMIT      waiting      a code that works           503
 
-    activating: what failed      account      mail                        answer
+    activating: what failed     account      mail                        answer
       COMMIT, or before it      unchanged    none                        503
       the answer to COMMIT      active       none                        503, later 409
       publishing                active       perhaps none                200, see log

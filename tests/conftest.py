@@ -132,14 +132,6 @@ def relayed(relayed_of_module):
     return relayed_of_module
 
 
-@pytest.fixture
-def default_api(settings, tmp_path):
-    """An API, not started yet, whose environment does not set WEB_CONCURRENCY."""
-    api = Gunicorn(tmp_path / "log", settings)
-    del api.env["WEB_CONCURRENCY"]
-    return api
-
-
 @pytest.fixture(scope="module")
 def strict(servers, settings, service, tmp_path_factory):
     """An API behind a proxy, with limits so small that they are soon reached."""

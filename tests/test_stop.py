@@ -157,17 +157,18 @@ def test_it_stops_while_there_is_no_broker(settings, tmp_path):
 
 
 def test_two_workers_for_each_core_and_one_more_say_at_once_if_they_get_no_session(
-        servers, default_api):
-    expected = min(2 * os.cpu_count() + 1, 40)
+        servers, settings, tmp_path):
+    expected, api = min(2 * os.cpu_count() + 1, 40), Gunicorn(tmp_path, settings)
+    del api.env["WEB_CONCURRENCY"]
 
     with crowded(servers.postgres):
-        default_api.launch()     # and nobody asks it for anything
+        api.launch()     # and nobody asks it for anything
         try:
-            wait_until(lambda: default_api.log.read_text().count(
+            wait_until(lambda: api.log.read_text().count(
                 "too many connections for role") >= expected)
-            assert len(workers_of(default_api)) == expected
+            assert len(workers_of(api)) == expected
         finally:
-            default_api.stop()
+            api.stop()
 
 
 @pytest.fixture(scope="module")

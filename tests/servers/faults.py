@@ -117,17 +117,17 @@ def statements_waiting(postgres):
 
 
 @contextmanager
-def full(rabbitmq, vhost="/", jobs=1):
+def full(rabbitmq, jobs=1):
     """The mail queue takes so many jobs, and what comes before the broker notices.
 
     A policy lowers the limit that the queue was declared with: the lower one counts.
     """
     limit = json.dumps({"max-length": jobs})
-    rabbitmq.ctl("set_policy", "-p", vhost, "full", "^registration.mail$", limit)
+    rabbitmq.ctl("set_policy", "full", "^registration.mail$", limit)
     try:
         yield
     finally:
-        rabbitmq.ctl("clear_policy", "-p", vhost, "full")
+        rabbitmq.ctl("clear_policy", "full")
 
 
 def cut_sessions(postgres):

@@ -88,7 +88,7 @@ HEALING = 10      # seconds from the end of a fault until everything works again
 
 @contextmanager
 def under_load(options, rate=3.5, threads=12):
-    """The whole system and its callers, who are done after the block."""
+    """The whole system and its callers; the block ends with balance()."""
     load.say(f"seed {options.seed}")
     with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME), TRUSTED_PROXIES="1",
                       WEB_CONCURRENCY=None) as system:      # workers as in production
@@ -100,7 +100,7 @@ def under_load(options, rate=3.5, threads=12):
         try:
             yield system
         finally:
-            system.callers.finish()
+            system.callers.stopping.set()   # balance() has done it, unless we failed
 
 
 def befall(system, fault, chance, failures):
@@ -138,7 +138,8 @@ def jobs_in(rabbitmq):
 
 
 def balance(system, done):
-    """Prints the table; returns a line for each failure."""
+    """Lets the callers finish and prints the table; a line for each failure."""
+    system.callers.finish()
     wait_until(lambda: not jobs_in(system.rabbitmq))
     return account(system.callers, done, system.postgres.url, [system.api],
                    [system.consumer])
@@ -163,5 +164,4 @@ def main(options):
             for fault in turn:
                 time.sleep(chance.uniform(0.5, 2.5))
                 done.append(befall(system, fault, chance, failures))
-        system.callers.finish()
         return failures + balance(system, done)

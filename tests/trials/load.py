@@ -73,8 +73,6 @@ class Load:
 
     def finish(self):
         """No new callers; returns when the last has done what it wanted."""
-        if self.stopping.is_set():
-            return
         self.stopping.set()
         for thread in self.threads:
             thread.join()

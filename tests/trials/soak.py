@@ -145,7 +145,6 @@ def main(options):
             done.append(befall(system, turn.pop(), chance, failures))
         time.sleep(max(0, end - time.monotonic()))
         samples.ended.set()
-        system.callers.finish()
         failures += balance(system, done)
         grown = print_growth(samples.series, minutes)
     return failures + ([] if options.short else grown)

@@ -23,8 +23,9 @@ from servers.program import Consumer, Gunicorn
 from servers.rabbitmq import RabbitMQ
 from servers.smtp import SmtpServer
 from servers.system import running_program, running_servers, settings_for
-from steps import fresh_email, register, wait_until, wait_until_at_rest
+from steps import accepted, fresh_email, wait_until, wait_until_at_rest
 from steps.jobs import consumers_of, delete_queues, purge, take_job
+from steps.logs import events
 
 # -- The system ------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def queue(servers, settings, brokers):
 @pytest.fixture
 def job(queue):
     """A job for a fresh address, as the API writes it, with a minute to live."""
-    assert register(queue, fresh_email()).status == 202
+    accepted(queue, fresh_email())
     return take_job(queue.broker)
 
 
@@ -209,13 +210,11 @@ def start_consumer(settings, tmp_path):
     """Starts a consumer with settings of its own; returns when it consumes."""
     with contextlib.ExitStack() as started:
         def start_it(**changes):
-            environment = settings | changes
-            before = consumers_of(environment["BROKER_URL"])
-            folder = tmp_path / f"consumer{uuid.uuid4().hex}"
-            consumer = Consumer(folder, environment)
+            consumer = Consumer(tmp_path / f"consumer{uuid.uuid4().hex}",
+                                settings | changes)
             started.callback(consumer.kill)     # stop() might take three seconds
             consumer.start()
-            wait_until(lambda: consumers_of(environment["BROKER_URL"]) > before)
+            wait_until(lambda: events(consumer.log, event="consuming"))
             return consumer
 
         yield start_it

@@ -16,7 +16,7 @@ from servers.process import free_port
 from servers.program import Consumer
 from servers.smtp import DROP, GARBLED, LOST, SmtpServer
 from servers.system import SENDER
-from steps import activate, fresh_email, problem_in, register, wait_until
+from steps import accepted, activate, fresh_email, problem_in, register, wait_until
 from steps.jobs import (
     MAIL,
     RETRY,
@@ -41,8 +41,8 @@ def gaps(times):
 
 
 def test_it_publishes_persistent_messages_with_an_id(queue):
-    register(queue, fresh_email())
-    register(queue, fresh_email())
+    accepted(queue, fresh_email())
+    accepted(queue, fresh_email())
 
     first, second = take(queue.broker), take(queue.broker)
 
@@ -50,27 +50,13 @@ def test_it_publishes_persistent_messages_with_an_id(queue):
     assert first.properties["message_id"] != second.properties["message_id"]
 
 
-def test_it_gives_a_code_the_deadline_that_the_database_has(queue, database):
-    address = fresh_email()
-    register(queue, address)
-
-    job = take_job(queue.broker)
-
-    [(expires_at, lifetime)] = database("""
-        SELECT extract(epoch FROM expires_at)::float,
-               extract(epoch FROM expires_at - registered_at)::int
-          FROM users WHERE email = %s""", [address])
-    assert job["expires_at"] == pytest.approx(expires_at, abs=0.01)
-    assert lifetime == 60
-
-
 def test_it_gives_notices_and_confirmations_fifteen_minutes(queue):
     address = fresh_email()
-    register(queue, address)
+    accepted(queue, address)
     code = take_job(queue.broker)["code"]
 
     activate(queue, address, code)
-    register(queue, address)
+    accepted(queue, address)
 
     for job in take_job(queue.broker), take_job(queue.broker):
         assert job["expires_at"] - job["issued_at"] == pytest.approx(900)

@@ -8,6 +8,7 @@ import pytest
 from servers.faults import table_locked
 from servers.program import Gunicorn
 from steps import (
+    accepted,
     activate,
     activated,
     at_once,
@@ -371,12 +372,13 @@ def test_it_ignores_x_forwarded_for_without_a_proxy(service):
 
 
 def test_it_goes_by_the_clock_of_the_database_alone(queue, database):
-    accepted = register(queue, email := fresh_email())
+    answer = accepted(queue, email := fresh_email())
 
     job = take_job(queue.broker)
     [(registered_at, expires_at)] = database("""
         SELECT extract(epoch FROM registered_at)::float,
                extract(epoch FROM expires_at)::float
           FROM users WHERE email = %s""", [email])
-    assert accepted.status == 202
+    assert answer.status == 202
     assert (job["issued_at"], job["expires_at"]) == (registered_at, expires_at)
+    assert expires_at - registered_at == pytest.approx(60)

@@ -16,7 +16,15 @@ from servers.process import free_port
 from servers.program import Consumer
 from servers.smtp import DROP, GARBLED, LOST, SmtpServer
 from servers.system import SENDER
-from steps import accepted, activate, fresh_email, problem_in, register, wait_until
+from steps import (
+    accepted,
+    activate,
+    fresh_email,
+    problem_in,
+    register,
+    wait_until,
+    wait_until_at_rest,
+)
 from steps.jobs import (
     MAIL,
     RETRY,
@@ -54,6 +62,7 @@ def test_it_gives_notices_and_confirmations_fifteen_minutes(queue):
     address = fresh_email()
     accepted(queue, address)
     code = take_job(queue.broker)["code"]
+    wait_until_at_rest(queue)     # or the confirmation may have no time to connect
 
     activate(queue, address, code)
     accepted(queue, address)

@@ -23,7 +23,7 @@ MAIL, RETRY = "registration.mail", "registration.retry"
 
 @contextmanager
 def channel_to(broker):
-    connection = Connection(broker, connect_timeout=5,
+    connection = Connection(broker, connect_timeout=20,
                             transport_options={"confirm_publish": True})
     try:
         yield connection.default_channel

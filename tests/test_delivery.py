@@ -493,7 +493,7 @@ def test_it_mails_over_a_broker_that_it_can_verify(
     api = start_service(**verified, WEB_CONCURRENCY="1")
     with Consumer(tmp_path, settings | verified | {"SMTP_PORT": str(smtp.port)}):
 
-        answer = register(api, email)
+        answer = accepted(api, email)
 
         assert answer.status == 202
         assert arrived(smtp, email)

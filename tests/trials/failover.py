@@ -4,8 +4,9 @@
 
 Three RabbitMQ nodes with the mail queue on each of them, a primary with a synchronous
 standby, two APIs and two consumers, told of it by DATABASE_URL and BROKER_URL alone.
-The node that leads the mail queue is killed and comes back, a few times; then the
-primary is killed and the standby promoted.
+The node that leads the mail queue is killed and comes back, a few times. Then the
+standby is killed, comes back, is killed again, and the primary told to go on without
+it. When it is back, the primary is killed and the standby promoted.
 """
 
 import json
@@ -112,11 +113,16 @@ def replicated(folder, machines):
     primary = machines.enter_context(Postgres(folder / "primary"))
     create_tables(primary)
     standby = machines.enter_context(Standby(folder / "standby", primary))
-    primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
-    primary.psql("SELECT pg_reload_conf()")
-    steps.wait_until(lambda: primary.psql(
-        "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+    wait_for_standbys(primary, "*")
     return primary, standby
+
+
+def wait_for_standbys(primary, names):
+    """Has COMMIT wait for these: * is any, the empty string none."""
+    primary.psql(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+    primary.psql("SELECT pg_reload_conf()")
+    steps.wait_until(lambda: not names or primary.psql(
+        "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
 
 def programs(folder, machines, brokers, database, smtp_port):
@@ -160,6 +166,28 @@ def lose_leader(callers, nodes, faults):
         leader.start()
     time.sleep(5)
     print_gaps(callers, faults[-1].began, "while it comes back")
+    return gap
+
+
+def lose_standby(callers, primary, standby, faults, pause):
+    """Kills the standby, for which each COMMIT waits: once until it is back, once until
+    the primary is told to do without."""
+    faults.append(load.Fault("standby killed, comes back", True))
+    with faults[-1].under(callers):
+        standby.kill()
+        time.sleep(pause)
+        standby.start()
+    time.sleep(5)
+    faults.append(load.Fault("standby killed, primary goes on", True))
+    with faults[-1].under(callers):
+        standby.kill()
+        time.sleep(pause)
+        told = time.time()
+        wait_for_standbys(primary, "")
+    time.sleep(5)
+    gap = print_gaps(callers, told, f"since the primary was told {pause:.1f} s later")
+    standby.start()
+    wait_for_standbys(primary, "*")
     return gap
 
 
@@ -215,8 +243,9 @@ def main(options):
             print_gaps(callers, calm, "while nothing happens")
             gaps = [("broker", lose_leader(callers, nodes, faults))
                     for _ in range(1 if options.short else options.rounds)]
-            gaps.append(("database", lose_primary(
-                callers, primary, standby, faults, chance.uniform(0.5, 3))))
+            for lose in lose_standby, lose_primary:
+                gaps.append(("database", lose(
+                    callers, primary, standby, faults, chance.uniform(0.5, 3))))
         finally:
             callers.finish()
         failures = account(callers, faults, database, apis, consumers)

@@ -7,13 +7,13 @@ import sys
 
 from servers.process import interrupt
 
-from trials import bench, chaos, clock, failover, soak
+from trials import bench, chaos, clock, failover
 
 
 def main():
     parser = argparse.ArgumentParser("trials")
     commands = parser.add_subparsers(required=True, metavar="TRIAL")
-    for trial in bench, clock, chaos, soak, failover:
+    for trial in bench, clock, chaos, failover:
         name = trial.__name__.rpartition(".")[2]
         title = trial.__doc__.partition("\n")[0]
         command = commands.add_parser(name, help=title, description=title)

@@ -86,23 +86,6 @@ HEALING = 10      # seconds from the end of a fault until everything works again
 # -- The run ---------------------------------------------------------------------------
 
 
-@contextmanager
-def under_load(options, rate=3.5, threads=12):
-    """The whole system and its callers; the block ends with balance()."""
-    load.say(f"seed {options.seed}")
-    with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME), TRUSTED_PROXIES="1",
-                      WEB_CONCURRENCY=None) as system:      # workers as in production
-        rate = rate(system.api) if callable(rate) else rate
-        system.callers = load.Load([system.api], system.mail_server, options.seed,
-                                   rate, threads)
-        system.processes = processes(system)
-        system.callers.start()
-        try:
-            yield system
-        finally:
-            system.callers.stopping.set()   # balance() has done it, unless we failed
-
-
 def befall(system, fault, chance, failures):
     """Does one of the faults and waits until all is healed: the Fault with its times.
 
@@ -137,14 +120,6 @@ def jobs_in(rabbitmq):
     return sum(queue["messages"] for queue in queues)
 
 
-def balance(system, done):
-    """Lets the callers finish and prints the table; a line for each failure."""
-    system.callers.finish()
-    wait_until(lambda: not jobs_in(system.rabbitmq))
-    return account(system.callers, done, system.postgres.url, [system.api],
-                   [system.consumer])
-
-
 def add_options(parser):
     parser.add_argument("--rounds", type=int, default=4, help="over two minutes each")
     parser.add_argument("--only", default="", metavar="WORD",
@@ -153,15 +128,30 @@ def add_options(parser):
 
 def main(options):
     """Does all faults in each round, in a new order."""
+    load.say(f"seed {options.seed}")
     done, failures, chance = [], [], random.Random(options.seed)
-    with under_load(options) as system:
-        time.sleep(5)
-        for number in range(1 if options.short else options.rounds):
-            load.say(f"round {number + 1}")
-            turn = [fault for fault in faults(system) if options.only in fault[0]
-                    for _ in range(3 if fault[0] in OFTEN and not options.short else 1)]
-            chance.shuffle(turn)
-            for fault in turn:
-                time.sleep(chance.uniform(0.5, 2.5))
-                done.append(befall(system, fault, chance, failures))
-        return failures + balance(system, done)
+    with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME), TRUSTED_PROXIES="1",
+                      WEB_CONCURRENCY=None) as system:      # workers as in production
+        callers = load.Load([system.api], system.mail_server, options.seed, rate=3.5)
+        system.callers, system.processes = callers, processes(system)
+        callers.start()
+        try:
+            time.sleep(5)
+            for number in range(1 if options.short else options.rounds):
+                load.say(f"round {number + 1}")
+                for fault in one_round(system, options, chance):
+                    time.sleep(chance.uniform(0.5, 2.5))
+                    done.append(befall(system, fault, chance, failures))
+        finally:
+            callers.finish()
+        wait_until(lambda: not jobs_in(system.rabbitmq))
+        return failures + account(callers, done, system.postgres.url, [system.api],
+                                  [system.consumer])
+
+
+def one_round(system, options, chance):
+    """The faults in a new order; those that happen often come three times."""
+    turn = [fault for fault in faults(system) if options.only in fault[0]
+            for _ in range(3 if fault[0] in OFTEN and not options.short else 1)]
+    chance.shuffle(turn)
+    return turn

@@ -1,4 +1,4 @@
-"""Steady load on the whole system, while chaos.py, soak.py or failover.py harm it.
+"""Steady load on the whole system, while chaos.py or failover.py harms it.
 
 Load is the callers: they note each request and its answer, and what was mailed to them.
 Fault notes what was done and when. account.py draws the balance.
@@ -22,6 +22,7 @@ import steps
 
 LIFETIME = 20       # seconds a code lives: most outages are shorter
 PATIENCE = 5        # seconds within which everything has to be answered
+THREADS = 12        # of callers
 
 
 def say(text):
@@ -56,7 +57,7 @@ class Load:
     Each sends X-Forwarded-For with an address of its own, as a proxy would.
     """
 
-    def __init__(self, services, sink, seed, rate, threads=12):
+    def __init__(self, services, sink, seed, rate):
         self.services, self.sink, self.rate = services, sink, rate
         self.random = random.Random(seed)
         self.requests = []                  # a list takes append() from any thread
@@ -64,7 +65,7 @@ class Load:
         self.codes = []                     # those of them that have one
         self.number = itertools.count()
         self.stopping = threading.Event()
-        self.threads = [threading.Thread(target=self.call) for _ in range(threads)]
+        self.threads = [threading.Thread(target=self.call) for _ in range(THREADS)]
         self.reader = threading.Thread(target=self.read_mails, daemon=True)
 
     def start(self):

@@ -23,6 +23,7 @@ PACKAGES = {  # by a server's name: {program: package of Debian}
     "MailDev": {"node": "nodejs", "npm": "npm"},
     "nginx": {"nginx": "nginx"},
     "Chromium": {"chromium": "chromium"},
+    "wrk": {"wrk": "wrk"},
     "commands": {"curl": "curl", "openssl": "openssl"}}
 
 

@@ -6,44 +6,60 @@
     make bench OPTIONS="--against ../version-2"     another version, in turn with it
 
 Nothing else should run on the machine. It prints one table. The other version runs
-beside the program: with the packages of its own .venv, and a database, a virtual host,
-a consumer and callers of its own. Both have the settings of production, but the limits
-on requests are out of the way and codes live longer. outside.py has the callers.
+beside the program: with the packages of its own .venv, and a database, a virtual host
+and a consumer of its own. Both have the settings of production, but the limits on
+requests are out of the way and codes live longer. The callers are wrk's; bench.lua has
+them send what requests() makes.
 """
 
+import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from ipaddress import IPv4Address
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 
 import amqp
-import steps
 from kombu import Connection
-from servers.edge import Edge
+from nacl import pwhash
+from psycopg2 import connect
+from psycopg2.extras import execute_values
 from servers.install import find, install_missing
 from servers.postgres import Postgres
-from servers.process import Server, guard, run, running, tree
+from servers.process import run, running, tree
 from servers.program import HERE, Gunicorn, Home
 from servers.rabbitmq import RabbitMQ
+from servers.sink import Sink
 from servers.system import (
     create_tables,
+    digest,
     running_program,
     settings_for,
     temporary_folder,
 )
-from steps import jobs
+from steps import (
+    ACTIVATE,
+    JSON,
+    PASSWORD,
+    REGISTER,
+    basic,
+    jobs,
+    wait_until,
+    wait_until_at_rest,
+)
 
 CORES = os.cpu_count()
 CALLERS, CROWD = 8, 100
-GOODPUT = {2: 0.9, 4: 0.9, 8: 0.85}     # times the capacity: the aim
+CODE = "0427"
 TICK = os.sysconf("SC_CLK_TCK")         # of /proc/*/stat, a second
+number = itertools.count(1)             # of an address or a client
 
 
 def say(text):
@@ -53,44 +69,15 @@ def say(text):
 # -- The system ------------------------------------------------------------------------
 
 
-class Outside(Server):
-    """outside.py: the callers and the mail server, or something that only hashes."""
-
-    name = "outside"
-
-    def launch(self):
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("outside.py")], text=True,
-            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        guard(self.process.pid)
-
-    def answers(self):
-        self.smtp_port = int(self.process.stdout.readline())
-        return True
-
-    def tell(self, command, **arguments):
-        self.process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-
-    def hear(self):
-        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
-
-    def do(self, command, **arguments):
-        self.tell(command, **arguments)
-        return self.hear()
-
-
 @contextmanager
 def system(against):
-    """All that runs from beginning to end: the program, with .hashers, and the other
-    version, if there is one, as its .other."""
-    install_missing("PostgreSQL", "RabbitMQ", "nginx")
+    """All that runs from beginning to end: the program, and the other version, if there
+    is one, as its .other."""
+    install_missing("PostgreSQL", "RabbitMQ", "wrk")
     with temporary_folder() as folder, ExitStack() as stack:
-        servers = Postgres(folder), RabbitMQ(folder)
-        hashers = [Outside(folder) for _ in range(CORES)]
-        stack.enter_context(running(*servers, *hashers))
+        servers = stack.enter_context(running(Postgres(folder), RabbitMQ(folder)))
         here = stack.enter_context(program(servers, "here", HERE))
-        here.hashers, here.other = hashers, None
+        here.other = None
         if against:
             home = Home(against, against / ".venv/bin/python")
             here.other = stack.enter_context(program(servers, "other", home))
@@ -108,16 +95,17 @@ def program(servers, name, home):
     rabbitmq.ctl("add_vhost", name)
     rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
     folder = postgres.folder / name
-    with Outside(folder) as outside:
+    with Sink(folder) as sink:
         settings = settings_for(
             new_database(postgres, name, home.folder), rabbitmq.url_of(name),
-            outside.smtp_port, CODE_LIFETIME="900",
+            sink.smtp_port, CODE_LIFETIME="900",
             TRUSTED_PROXIES="1",                # each request is a client of its own
             WEB_CONCURRENCY=None)               # each version has its own default
         with running_program(folder, settings, (home, home)) as (api, consumer):
             yield SimpleNamespace(
-                name=name, folder=folder, settings=settings, postgres=postgres,
-                rabbitmq=rabbitmq, outside=outside, api=api, consumer=consumer)
+                name=name, database=name, folder=folder, settings=settings,
+                postgres=postgres, rabbitmq=rabbitmq, sink=sink, api=api,
+                consumer=consumer)
 
 
 def new_database(postgres, name, home):
@@ -127,44 +115,100 @@ def new_database(postgres, name, home):
     return postgres.url_of(name, "registration_api")
 
 
-def another_api(here, **settings):
-    """One more API, with changed settings."""
-    return Gunicorn(here.folder / f"api{time.monotonic_ns()}", here.settings | settings)
+# -- The callers -----------------------------------------------------------------------
 
 
-# -- What is measured ------------------------------------------------------------------
+def requests(what, emails):
+    """A request for each address, as bytes; "cheap" are those that need no hash."""
+    for email in emails:
+        if what == "register":
+            fields = {"email": email, "password": PASSWORD}
+            yield as_bytes("POST", REGISTER, fields)
+        elif what == "activate":
+            credentials = {"Authorization": basic(email, PASSWORD)}
+            yield as_bytes("PATCH", ACTIVATE, {"code": CODE}, credentials)
+        else:
+            yield as_bytes("PATCH", ACTIVATE, {"code": CODE})
+            yield as_bytes("POST", REGISTER, {"email": "a@b"})
+            yield as_bytes("GET", "/healthz", {})
 
 
-def ask(version, what, seconds, clients=CALLERS, port=None, statuses=None):
-    """Callers who ask again as soon as they are answered."""
-    found = version.outside.do("closed", what=what, port=port or version.api.port,
-                               clients=clients, seconds=seconds)
-    return checked(found, statuses or {"register": ["202"], "activate": ["200"]}[what])
+def as_bytes(method, path, fields, headers=None):
+    """A request of a client of its own, on a connection of its own, as nginx's are."""
+    body = json.dumps(fields)
+    headers = {"Host": "localhost", "Connection": "close", **JSON,
+               "X-Forwarded-For": IPv4Address(next(number)),
+               "Content-Length": len(body), **(headers or {})}
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", body]).encode()
 
 
-def checked(found, statuses):
-    """The same, if every caller had one of these answers, and every 202 its mail."""
-    assert set(found.all) <= set(statuses), found.all
-    assert not found.unanswered and not found.lost, (found.unanswered, found.lost)
+def ask(version, what, seconds, callers=CALLERS, statuses=None):
+    """Callers who ask again as soon as they are answered: .answers by status, .seconds,
+    .p50 and .p99 of an answer. Fails if a 202 has no mail."""
+    seconds, mailed = max(2, round(seconds)), mails_of(version)
+    emails = [f"bench{next(number)}@example.com"
+              for _ in range(400 * seconds)]    # more than can be answered
+    if what == "activate":
+        add_waiting(version, emails)
+    file = version.folder / "requests"
+    file.write_bytes(b"\0".join(requests(what, emails)))
+    printed = run([find("wrk"), "-t1", "-c", str(callers), "-d", str(seconds),
+                   "--timeout", "30",
+                   "-s", Path(__file__).with_name("bench.lua"), version.api.url,
+                   "--", file])
+    found = SimpleNamespace(**json.loads(printed.splitlines()[-1]))
+    allowed = statuses or {"register": ["202"], "activate": ["200"]}[what]
+    assert found.answers and set(found.answers) <= set(allowed), found
+    assert not found.unanswered, found
+    due = mailed + found.answers.get("202", 0)
+    wait_until(lambda: mails_of(version) >= due, 60)
+    wait_until_at_rest(version.api)     # wrk leaves when others wait for their answer
     return found
+
+
+def mails_of(version):
+    """How many mails its mail server has taken."""
+    return version.sink.record.read_bytes().count(b"\n")
+
+
+def add_waiting(version, emails):
+    """Accounts that wait for CODE: copies of the newest, with its hash."""
+    with connect(version.postgres.url_of(version.database)) as db:
+        execute_values(db.cursor(), """
+            INSERT INTO users (email, code_digest, password_hash, expires_at)
+            SELECT email, code_digest::bytea, password_hash, now() + interval '1 hour'
+              FROM (VALUES %s) AS new (email, code_digest),
+                   (SELECT password_hash
+                      FROM users
+                     WHERE email LIKE 'bench%%'
+                     ORDER BY registered_at DESC
+                     LIMIT 1) AS newest
+            """, [(email, digest(email, CODE)) for email in emails])
+    db.close()
 
 
 def per_second(found, status="202"):
     return found.answers.get(status, 0) / found.seconds
 
 
-def p99(found, status="202"):
-    latencies = sorted(found.latencies.get(status, [0]))
-    return latencies[min(len(latencies) - 1, len(latencies) * 99 // 100)]
+# -- What is measured ------------------------------------------------------------------
 
 
-def hashes(here, seconds):
+def hashes(seconds):
     """(hashes a second on all cores, CPU ms of one); nothing else works."""
-    for each in here.hashers:
-        each.tell("hash", seconds=seconds)
-    found = [each.hear() for each in here.hashers]
-    return (sum(each.rate for each in found),
-            1000 * mean(each.cpu for each in found))
+    with ProcessPoolExecutor(CORES) as pool:
+        found = list(pool.map(hash_for, [seconds] * CORES))
+    return sum(rate for rate, _ in found), 1000 * mean(cpu for _, cpu in found)
+
+
+def hash_for(seconds):
+    """(rate, CPU seconds of one), with the parameters of hash_password()."""
+    count, began, cpu = 0, time.monotonic(), time.process_time()
+    while time.monotonic() < began + seconds:
+        pwhash.argon2id.str(PASSWORD.encode(), 3, 12 << 20)
+        count += 1
+    return count / (time.monotonic() - began), (time.process_time() - cpu) / count
 
 
 def processes(version):
@@ -213,7 +257,8 @@ def row(figure, values, unit, limits=None, least=None, most=None):
     if least is not None or most is not None:
         aim = f"≥ {least}" if most is None else f"≤ {most}"
         aim += "" if limits or not unit else f" {unit}"
-        met = "met" if (found >= least if most is None else found <= most) else "NOT MET"
+        met = found >= least if most is None else found <= most
+        met = "met" if met else "NOT MET"
     table.append([figure, limit, f"{value:.4g} {unit}".strip(), ratio, aim, met])
     say("  ".join(table[-1]))
 
@@ -251,11 +296,12 @@ def grow(version, short):
 
     Most of them need no hash: otherwise they would take longer than all the rest.
     """
-    found = []
-    for what, count in ("register", 150), ("cheap", 850), ("register", 850), \
-            ("cheap", 1000 if short else 18_150):
-        version.outside.do("closed", what=what, port=version.api.port, clients=32,
-                           seconds=600, count=count)
+    found, asked = [], 0
+    for what, count in ("register", 150), ("cheap", 1000), ("register", 1150), \
+            ("cheap", 2000 if short else 20_000):
+        while asked < count:
+            asked += sum(ask(version, what, 1, callers=32, statuses=[
+                "200", "202", "401", "422", "503"]).answers.values())
         found.append({name: megabytes(server)
                       for name, server in processes(version).items()})
     return found[1], found[3]
@@ -290,7 +336,7 @@ def registrations(here, options):
 def one_round(here, seconds):
     """{(figure, whose): value}, with hashes before and after all the rest."""
     found = {}
-    before = hashes(here, seconds / 5)
+    before = hashes(seconds / 5)
     for version in versions(here):
         rate, cost = registrations_and_cost(version, seconds)
         found["registrations", version.name] = rate
@@ -299,13 +345,13 @@ def one_round(here, seconds):
     for version in versions(here):
         active = ask(version, "activate", seconds)
         found["activations", version.name] = per_second(active, "200")
-    rate, cpu = map(mean, zip(before, hashes(here, seconds / 5)))
+    rate, cpu = map(mean, zip(before, hashes(seconds / 5)))
     found["hashes", "rate"] = rate
     for version in versions(here):
         found["API", version.name] -= cpu
         found["all", version.name] -= cpu
-    return found | {("crowd", "rate"): per_second(crowd), ("crowd", "p99"): p99(crowd),
-                    ("crowd", "refused"): crowd.all.get("503", 0)}
+    return found | {("crowd", "rate"): per_second(crowd), ("crowd", "p99"): crowd.p99,
+                    ("crowd", "refused"): crowd.answers.get("503", 0)}
 
 
 def registrations_and_cost(version, seconds):
@@ -313,36 +359,10 @@ def registrations_and_cost(version, seconds):
     servers = processes(version)
     before = {process: cpu_seconds(server) for process, server in servers.items()}
     found = ask(version, "register", seconds)
-    cost = {process: 1000 * (cpu_seconds(server) - before[process]) / found.all["202"]
+    count = found.answers["202"]
+    cost = {process: 1000 * (cpu_seconds(server) - before[process]) / count
             for process, server in servers.items()}
     return per_second(found), cost | {"all": sum(cost.values())}
-
-
-def overload(here, options):
-    """Callers who wait for nobody's answer, through the edge.
-
-    The capacity is what eight callers register directly, before and after each load.
-    """
-    found = defaultdict(list)   # {load: [(goodput, capacity, p99 accepted, refused)]}
-    seconds = options.seconds / 2
-    with another_api(here) as api, Edge(api.folder / "edge", api) as edge:
-        before = per_second(ask(here, "register", seconds, port=api.port))
-        for load in list(GOODPUT) * (1 if options.short else 5):
-            opened = checked(here.outside.do(
-                "opened", what="register", port=edge.port, rate=load * before,
-                seconds=seconds), ["202", "503"])
-            after = per_second(ask(here, "register", seconds, port=api.port))
-            found[load].append((per_second(opened), (before + after) / 2,
-                                p99(opened), p99(opened, "503")))
-            before = after
-            say("{:g} times the capacity: {:.1f} of {:.1f}/s, p99 {:.3f} s, refused "
-                "{:.3f} s".format(load, *found[load][-1]))
-    for load, least in GOODPUT.items():
-        goodput, capacity, accepted, refused = zip(*found[load])
-        row(f"goodput at {load} times the capacity / {CALLERS} callers", goodput, "/s",
-            capacity, least=least)
-    row("p99 accepted, 8 times the capacity", accepted, "s", most=1)
-    row("p99 refused, 8 times the capacity", refused, "s", most=0.3)
 
 
 def mails(here, options):
@@ -352,10 +372,12 @@ def mails(here, options):
         registered.append(per_second(ask(here, "register", options.seconds / 2)))
         here.consumer.stop()
         fill_queue(here.settings["BROKER_URL"], count, number)
+        mailed = mails_of(here)
         here.consumer.start()
-        done = here.outside.do("count_mails", count=count)
-        assert done.mails == count, done.mails
-        found.append(count / done.seconds)
+        wait_until(lambda due=mailed + count: mails_of(here) >= due, 120)
+        arrived = [json.loads(line)["arrived"] for line in
+                   here.sink.record.read_text().splitlines()[mailed:]]
+        found.append(count / (arrived[-1] - arrived[0]))
         say(f"mails: {found[-1]:.0f}/s; {registered[-1]:.1f} registrations/s")
     row("mails of one consumer / registrations", found, "/s", registered, least=4)
 
@@ -371,28 +393,29 @@ def fill_queue(broker, count, number):
             json.dumps(job), content_type="application/json", content_encoding="utf-8",
             delivery_mode=2, message_id=f"{number:04x}{each:028x}"),
             routing_key=jobs.MAIL)
-    steps.wait_until(lambda: jobs.waiting_in(broker) == count)
+    wait_until(lambda: jobs.waiting_in(broker) >= count)
     channel.connection.client.collect()
 
 
 def accounts(here, options):
     """Requests one at a time, with a big table and with an empty one; and tidy()."""
-    urls = {name: new_database(here.postgres, name, HERE.folder)
-            for name in ("many", "none")}
-    begin = time.monotonic()
-    here.postgres.psql(FILL.format(accounts=options.accounts), "many")
-    say(f"{options.accounts:,} accounts made in {time.monotonic() - begin:.0f} s")
-    found = defaultdict(list)
-    with another_api(here, DATABASE_URL=urls["many"]) as many, \
-            another_api(here, DATABASE_URL=urls["none"]) as none:
-        for number in range(2 if options.short else 21):
-            for name, api in ("many", many), ("none", none):
-                for what, status in ("register", "202"), ("activate", "200"):
-                    each = here.outside.do("each", what=what, port=api.port,
-                                           count=int(1.5 * options.seconds))
-                    assert each.statuses == [status], each.statuses
-                    if number:      # before, it opened connections and filled caches
-                        found[what, name].append(1000 * median(each.latencies))
+    found, apis = defaultdict(list), {}
+    with ExitStack() as stack:
+        for name in "many", "none":
+            url = new_database(here.postgres, name, HERE.folder)
+            folder = here.folder / name
+            api = Gunicorn(folder, here.settings | {"DATABASE_URL": url})
+            apis[name] = SimpleNamespace(**vars(here) | {
+                "folder": folder, "database": name, "api": stack.enter_context(api)})
+        began = time.monotonic()
+        here.postgres.psql(FILL.format(accounts=options.accounts), "many")
+        say(f"{options.accounts:,} accounts made in {time.monotonic() - began:.0f} s")
+        for turn in range(2 if options.short else 21):
+            for (name, api), what in itertools.product(
+                    apis.items(), ("register", "activate")):
+                each = ask(api, what, options.seconds / 4, callers=1)
+                if turn:        # before, it opened connections and filled caches
+                    found[what, name].append(1000 * each.p50)
             say("p50: " + ", ".join(f"{' '.join(figure)} {values[-1]:.1f} ms"
                                     for figure, values in found.items() if values))
     for what in "register", "activate":
@@ -429,8 +452,7 @@ LEFT = """
          + (SELECT count(*) FROM limits WHERE expires_at < now())
 """
 
-PARTS = {part.__name__: part for part in (
-    memory, registrations, overload, mails, accounts)}
+PARTS = {part.__name__: part for part in (memory, registrations, mails, accounts)}
 
 
 def add_options(parser):

@@ -205,11 +205,18 @@ class Story:
     # -- What they need
 
     def ask(self, call):
-        """A request: its status, and the id of its job from the API's log."""
-        status = call().status
-        line = wait_until(lambda: next(self.system.requests))
-        assert line["status"] == str(status)
-        return status, line["job"]
+        """A request: its status, and the id of its job from the API's log. Like a client,
+        it asks again after a 503: a busy machine may have slowed a server down."""
+        def answer():
+            status = call().status
+            line = wait_until(lambda: next(self.system.requests))
+            assert line["status"] == str(status)
+            if status == 503 and not self.paused:
+                self.stray.add(line["job"])
+                return None
+            return status, line["job"]
+
+        return wait_until(answer)
 
     def mails(self, email):
         """The codes that were mailed to an address, or None, by the ids of the jobs."""

@@ -1,36 +1,37 @@
--- wrk runs this for bench.py: it sends the requests of a file, with NULs between them,
--- one after another, and prints what came back as a line of JSON.
+-- The callers of bench.py: wrk -t1 -s bench.lua URL FILE. Each sends the next request
+-- of the file, in which NUL separates them. The last line of the output is JSON.
 
-local requests, answers, number = {}, {}, 0
+requests, statuses = {}, {}
+made = -1   -- wrk calls request() once before it begins
 
 function setup(thread)
-   caller = thread      -- the only one: wrk -t 1
+   callers = thread   -- the only one
 end
 
-function init(arguments)
-   for request in io.open(arguments[1]):read("*a"):gmatch("%Z+") do
+function init(args)
+   for request in io.open(args[1], "rb"):read("*a"):gmatch("[^%z]+") do
       table.insert(requests, request)
    end
 end
 
 function request()
-   number = number + 1
-   return requests[(number - 1) % #requests + 1]
+   made = made + 1
+   return requests[made % #requests + 1]   -- after the last one, the first again
 end
 
 function response(status)
-   answers[status] = (answers[status] or 0) + 1
-   found = ""           -- a global, which done() can read
-   for each, count in pairs(answers) do
-      found = found .. string.format('"%d": %d, ', each, count)
-   end
+   statuses[status] = (statuses[status] or 0) + 1
 end
 
 function done(summary, latency)
-   local errors = summary.errors
-   print(string.format(
-      '{"answers": {%s}, "seconds": %f, "p50": %f, "p99": %f, "unanswered": %d}',
-      (caller:get("found") or ""):sub(1, -3), summary.duration / 1e6,
-      latency:percentile(50) / 1e6, latency:percentile(99) / 1e6,
-      errors.connect + errors.read + errors.write + errors.timeout))
+   local counts, errors = {}, summary.errors
+   for status, count in pairs(callers:get("statuses")) do
+      table.insert(counts, ('"%d": %d'):format(status, count))
+   end
+   print(('{"statuses": {%s}, "made": %d, "errors": %d, "seconds": %f, "p50": %f, '
+          .. '"p99": %f}'):format(
+      table.concat(counts, ", "), callers:get("made"),
+      errors.connect + errors.read + errors.write + errors.timeout,
+      summary.duration / 1e6,
+      latency:percentile(50) / 1e6, latency:percentile(99) / 1e6))
 end

@@ -5,38 +5,37 @@
     make bench OPTIONS="--only registrations"       one part
     make bench OPTIONS="--against ../version-2"     another version, in turn with it
 
-Nothing else should run on the machine. It prints one table. The other version runs
-beside the program: with the packages of its own .venv, and a database, a virtual host
-and a consumer of its own. Both have the settings of production, but the limits on
-requests are out of the way and codes live longer. The callers are wrk's; bench.lua has
-them send what requests() makes.
+Nothing else should run on the machine. It prints one table. The other version has the
+packages of its own .venv, and a database, a virtual host and a consumer of its own.
+Both have the settings of production, but limits are out of the way and codes live long.
+
+The callers are wrk with bench.lua, on this machine. Each makes a connection for each
+request, as nginx does, and asks again as soon as it is answered. What is under way at
+the end of a phase is waited for, but not counted. Latencies count from the sending of a
+request; wrk adds those of the requests that a slow answer kept a caller from making.
 """
 
-import itertools
 import json
 import os
 import platform
-import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from ipaddress import IPv4Address
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from types import SimpleNamespace
 
-import amqp
-from kombu import Connection
+import psycopg2
+import steps
 from nacl import pwhash
-from psycopg2 import connect
 from psycopg2.extras import execute_values
 from servers.install import find, install_missing
 from servers.postgres import Postgres
-from servers.process import run, running, tree
+from servers.process import free_port, run, running, tree
 from servers.program import HERE, Gunicorn, Home
 from servers.rabbitmq import RabbitMQ
-from servers.sink import Sink
+from servers.smtp import SmtpServer
 from servers.system import (
     create_tables,
     digest,
@@ -44,68 +43,45 @@ from servers.system import (
     settings_for,
     temporary_folder,
 )
-from steps import (
-    ACTIVATE,
-    JSON,
-    PASSWORD,
-    REGISTER,
-    basic,
-    jobs,
-    wait_until,
-    wait_until_at_rest,
-)
+from steps import PASSWORD, jobs, wait_until
+from steps.logs import events
+
+from trials.load import say
 
 CORES = os.cpu_count()
 CALLERS, CROWD = 8, 100
-CODE = "0427"
-TICK = os.sysconf("SC_CLK_TCK")         # of /proc/*/stat, a second
-number = itertools.count(1)             # of an address or a client
-
-
-def say(text):
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
-
 
 # -- The system ------------------------------------------------------------------------
 
 
 @contextmanager
 def system(against):
-    """All that runs from beginning to end: the program, and the other version, if there
-    is one, as its .other."""
+    """All that runs from beginning to end. Its .versions are the program, and the
+    other version if there is one. The mail server is in this process: Sink is slower
+    than a consumer."""
     install_missing("PostgreSQL", "RabbitMQ", "wrk")
+    homes = {"here": HERE}
+    if against:
+        homes["other"] = Home(against, against / ".venv/bin/python")
     with temporary_folder() as folder, ExitStack() as stack:
-        servers = stack.enter_context(running(Postgres(folder), RabbitMQ(folder)))
-        here = stack.enter_context(program(servers, "here", HERE))
-        here.other = None
-        if against:
-            home = Home(against, against / ".venv/bin/python")
-            here.other = stack.enter_context(program(servers, "other", home))
-        yield here
-
-
-def versions(here):
-    return [here, here.other] if here.other else [here]
-
-
-@contextmanager
-def program(servers, name, home):
-    """One version of the program; the servers are all that it shares with the other."""
-    postgres, rabbitmq = servers
-    rabbitmq.ctl("add_vhost", name)
-    rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-    folder = postgres.folder / name
-    with Sink(folder) as sink:
-        settings = settings_for(
-            new_database(postgres, name, home.folder), rabbitmq.url_of(name),
-            sink.smtp_port, CODE_LIFETIME="900",
-            TRUSTED_PROXIES="1",                # each request is a client of its own
-            WEB_CONCURRENCY=None)               # each version has its own default
-        with running_program(folder, settings, (home, home)) as (api, consumer):
-            yield SimpleNamespace(
-                name=name, database=name, folder=folder, settings=settings,
-                postgres=postgres, rabbitmq=rabbitmq, sink=sink, api=api,
-                consumer=consumer)
+        postgres, rabbitmq = stack.enter_context(
+            running(Postgres(folder), RabbitMQ(folder)))
+        smtp, versions = SmtpServer(free_port()), []
+        for name, home in homes.items():
+            rabbitmq.ctl("add_vhost", name)
+            rabbitmq.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+            settings = settings_for(
+                new_database(postgres, name, home.folder), rabbitmq.url_of(name),
+                smtp.port, CODE_LIFETIME="900",
+                TRUSTED_PROXIES="1",            # each request is a client of its own
+                WEB_CONCURRENCY=None)           # each version has its own default
+            api, consumer = stack.enter_context(
+                running_program(folder / name, settings, (home, home)))
+            versions.append(SimpleNamespace(
+                name=name, api=api, consumer=consumer, processes={
+                    "API": api, "PostgreSQL": postgres, "RabbitMQ": rabbitmq,
+                    "consumer": consumer}))
+        yield SimpleNamespace(postgres=postgres, smtp=smtp, versions=versions)
 
 
 def new_database(postgres, name, home):
@@ -115,115 +91,103 @@ def new_database(postgres, name, home):
     return postgres.url_of(name, "registration_api")
 
 
-# -- The callers -----------------------------------------------------------------------
+# -- The requests ----------------------------------------------------------------------
 
 
-def requests(what, emails):
-    """A request for each address, as bytes; "cheap" are those that need no hash."""
-    for email in emails:
-        if what == "register":
-            fields = {"email": email, "password": PASSWORD}
-            yield as_bytes("POST", REGISTER, fields)
-        elif what == "activate":
-            credentials = {"Authorization": basic(email, PASSWORD)}
-            yield as_bytes("PATCH", ACTIVATE, {"code": CODE}, credentials)
-        else:
-            yield as_bytes("PATCH", ACTIVATE, {"code": CODE})
-            yield as_bytes("POST", REGISTER, {"email": "a@b"})
-            yield as_bytes("GET", "/healthz", {})
-
-
-def as_bytes(method, path, fields, headers=None):
-    """A request of a client of its own, on a connection of its own, as nginx's are."""
+def request(method, path, fields=None, **headers):
+    """As text, from a client of its own."""
     body = json.dumps(fields)
-    headers = {"Host": "localhost", "Connection": "close", **JSON,
-               "X-Forwarded-For": IPv4Address(next(number)),
-               "Content-Length": len(body), **(headers or {})}
+    headers |= steps.JSON | steps.fresh_client() | {
+        "Host": "localhost", "Connection": "close", "Content-Length": len(body)}
     lines = [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", body]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", body])
 
 
-def ask(version, what, seconds, callers=CALLERS, statuses=None):
-    """Callers who ask again as soon as they are answered: .answers by status, .seconds,
-    .p50 and .p99 of an answer. Fails if a 202 has no mail."""
-    seconds, mailed = max(2, round(seconds)), mails_of(version)
-    emails = [f"bench{next(number)}@example.com"
-              for _ in range(400 * seconds)]    # more than can be answered
+CODE = "0427"
+GOOD = {"register": "202", "activate": "200", "mixed": "202"}
+CHEAP = {   # by the answer: these need no hash
+    "200": request("GET", "/healthz"), "404": request("GET", "/nowhere"),
+    "401": request("PATCH", steps.ACTIVATE, {"code": CODE}),
+    "422": request("POST", steps.REGISTER, {"email": "a@b", "password": "short"})}
+
+
+def requests(what, count, database):
+    """So many, each for another address; mixed: with cheap ones between them."""
+    emails = [steps.fresh_email() for _ in range(count)]
     if what == "activate":
-        add_waiting(version, emails)
-    file = version.folder / "requests"
-    file.write_bytes(b"\0".join(requests(what, emails)))
-    printed = run([find("wrk"), "-t1", "-c", str(callers), "-d", str(seconds),
-                   "--timeout", "30",
-                   "-s", Path(__file__).with_name("bench.lua"), version.api.url,
-                   "--", file])
-    found = SimpleNamespace(**json.loads(printed.splitlines()[-1]))
-    allowed = statuses or {"register": ["202"], "activate": ["200"]}[what]
-    assert found.answers and set(found.answers) <= set(allowed), found
-    assert not found.unanswered, found
-    due = mailed + found.answers.get("202", 0)
-    wait_until(lambda: mails_of(version) >= due, 60)
-    wait_until_at_rest(version.api)     # wrk leaves when others wait for their answer
-    return found
+        insert_waiting(database, emails)
+        return [request("PATCH", steps.ACTIVATE, {"code": CODE},
+                        Authorization=steps.basic(email, PASSWORD)) for email in emails]
+    cheap = [*CHEAP.values()] * 2 if what == "mixed" else []
+    return [each for email in emails for each in [request(
+        "POST", steps.REGISTER, {"email": email, "password": PASSWORD}), *cheap]]
 
 
-def mails_of(version):
-    """How many mails its mail server has taken."""
-    return version.sink.record.read_bytes().count(b"\n")
-
-
-def add_waiting(version, emails):
-    """Accounts that wait for CODE: copies of the newest, with its hash."""
-    with connect(version.postgres.url_of(version.database)) as db:
+def insert_waiting(database, emails):
+    password_hash = hash_password(PASSWORD)
+    with psycopg2.connect(database) as db:
         execute_values(db.cursor(), """
-            INSERT INTO users (email, code_digest, password_hash, expires_at)
-            SELECT email, code_digest::bytea, password_hash, now() + interval '1 hour'
-              FROM (VALUES %s) AS new (email, code_digest),
-                   (SELECT password_hash
-                      FROM users
-                     WHERE email LIKE 'bench%%'
-                     ORDER BY registered_at DESC
-                     LIMIT 1) AS newest
-            """, [(email, digest(email, CODE)) for email in emails])
+            INSERT INTO users (email, password_hash, code_digest, expires_at) VALUES %s
+            """, [(email, password_hash, digest(email, CODE)) for email in emails],
+            "(%s, %s, %s, now() + interval '15 minutes')")
     db.close()
-
-
-def per_second(found, status="202"):
-    return found.answers.get(status, 0) / found.seconds
 
 
 # -- What is measured ------------------------------------------------------------------
 
 
-def hashes(seconds):
+def ask(version, what, seconds, callers=CALLERS, others=()):
+    """What callers find: .rate of the good answers, .cpu of one (ms), .p50, ...
+
+    Fails if a status is neither the good one nor among the others, or if a good answer
+    comes without its mail.
+    """
+    api, consumer, good = version.api, version.consumer, GOOD[what]
+    os.truncate(api.log, 0)
+    os.truncate(consumer.log, 0)
+    file = api.folder / "requests"
+    file.write_text("\0".join(requests(what, 200 * CORES * (seconds + 1),
+                                       api.env["DATABASE_URL"])), newline="")
+    before = measured(version, cpu_seconds)
+    output = run([find("wrk"), "-t1", f"-c{callers}", f"-d{seconds}s", "--timeout=30s",
+                  "-s", Path(__file__).with_suffix(".lua"), api.url, file])
+    found = SimpleNamespace(**json.loads(output.splitlines()[-1]))
+    assert found.statuses.keys() <= {good, *others} and not found.errors, found
+    wait_until(lambda: len(events(api.log, event="request")) >= found.made, 60)
+    mailed = {each["job"] for each in events(api.log, event="request", status=good)}
+    assert len(mailed) >= found.statuses.get(good, 0), (len(mailed), found)
+    wait_until(lambda: mailed <= {
+        each["job"] for each in events(consumer.log, outcome="sent")}, 60)
+    found.rate = found.statuses.get(good, 0) / found.seconds
+    found.cpu = {process: 1000 * (after - before[process]) / found.made
+                 for process, after in measured(version, cpu_seconds).items()}
+    return found
+
+
+def hashes(count):
     """(hashes a second on all cores, CPU ms of one); nothing else works."""
-    with ProcessPoolExecutor(CORES) as pool:
-        found = list(pool.map(hash_for, [seconds] * CORES))
-    return sum(rate for rate, _ in found), 1000 * mean(cpu for _, cpu in found)
+    begin, cpu = time.monotonic(), time.process_time()
+    with ThreadPoolExecutor(CORES) as threads:     # PyNaCl lets them run side by side
+        list(threads.map(hash_password, [PASSWORD] * count))
+    return (count / (time.monotonic() - begin),
+            1000 * (time.process_time() - cpu) / count)
 
 
-def hash_for(seconds):
-    """(rate, CPU seconds of one), with the parameters of hash_password()."""
-    count, began, cpu = 0, time.monotonic(), time.process_time()
-    while time.monotonic() < began + seconds:
-        pwhash.argon2id.str(PASSWORD.encode(), 3, 12 << 20)
-        count += 1
-    return count / (time.monotonic() - began), (time.process_time() - cpu) / count
+def hash_password(password):
+    """With the program's parameters: 12 MiB, 3 passes, 1 lane."""
+    return pwhash.argon2id.str(password.encode(), 3, 12 << 20).decode()
 
 
-def processes(version):
-    """All that has to do with its requests, but the callers."""
-    return {"API": version.api, "PostgreSQL": version.postgres,
-            "RabbitMQ": version.rabbitmq, "consumer": version.consumer}
+def measured(version, measure):
+    """{process: its figure}, without the callers and the mail server."""
+    return {name: measure(server) for name, server in version.processes.items()}
 
 
 def cpu_seconds(server):
     """Of a process and its living descendants, since they began."""
-    total = 0
-    for text in read_each(server, "stat"):
-        fields = text.rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICK
+    fields = [text.rpartition(")")[2].split() for text in read_each(server, "stat")]
+    return sum(int(each[11]) + int(each[12])
+               for each in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def megabytes(server):
@@ -257,171 +221,121 @@ def row(figure, values, unit, limits=None, least=None, most=None):
     if least is not None or most is not None:
         aim = f"≥ {least}" if most is None else f"≤ {most}"
         aim += "" if limits or not unit else f" {unit}"
-        met = found >= least if most is None else found <= most
-        met = "met" if met else "NOT MET"
+        good = found >= least if most is None else found <= most
+        met = "met" if good else "NOT MET"
     table.append([figure, limit, f"{value:.4g} {unit}".strip(), ratio, aim, met])
     say("  ".join(table[-1]))
 
 
 def print_table():
     """In Markdown, for docs/measured.md, after the machine."""
-    model = next((line.partition(": ")[2].strip()
-                  for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
-    print(f"\n{CORES} cores of {model}, Linux {platform.release()}, Python "
+    print(f"\n{CORES} cores, Linux {platform.release()}, Python "
           f"{platform.python_version()}, {run([find('postgres'), '--version'])}\n")
-    for number, line in enumerate(table):
+    for line in table[0], ["---"] * len(table[0]), *table[1:]:
         print(f"| {' | '.join(line)} |")
-        if number == 0:
-            print("|---" * len(line) + "|")
 
 
 # -- The parts -------------------------------------------------------------------------
 
 
-def memory(here, options):
+def memory(system, options):
     """Memory after 1,000 and after 20,000 requests."""
-    found = [grow(version, options.short) for version in versions(here)]
-    before, after = found[0]
-    for process, each in after.items():
-        row(f"memory after 20,000 requests / 1,000: {process}", [each], "MB",
+    few, many = 1000, 2000 if options.short else 20_000
+    (before, after), *others = [[grown(version, few), grown(version, many - few)]
+                                for version in system.versions]
+    for process, value in after.items():
+        row(f"memory after {many:,} requests / {few:,}: {process}", [value], "MB",
             [before[process]], most=1.05)
-    if here.other:
-        row("memory of the API / the other's", [after["API"]], "MB",
-            [found[1][1]["API"]], most=1)
+    for _, other in others:
+        row("memory of the API / the other's", [after["API"]], "MB", [other["API"]],
+            most=1)
 
 
-def grow(version, short):
-    """({process: MB} after 1,000 requests, and after 20,000).
-
-    Most of them need no hash: otherwise they would take longer than all the rest.
-    """
-    found, asked = [], 0
-    for what, count in ("register", 150), ("cheap", 1000), ("register", 1150), \
-            ("cheap", 2000 if short else 20_000):
-        while asked < count:
-            asked += sum(ask(version, what, 1, callers=32, statuses=[
-                "200", "202", "401", "422", "503"]).answers.values())
-        found.append({name: megabytes(server)
-                      for name, server in processes(version).items()})
-    return found[1], found[3]
+def grown(version, count):
+    """{process: MB} after so many more requests, most of them cheap: otherwise they
+    would take longer than all the rest. On a busy machine, some may be refused."""
+    while count > 0:
+        count -= ask(version, "mixed", 1, others=[*CHEAP, "503"]).made
+    return measured(version, megabytes)
 
 
-def registrations(here, options):
-    """Registrations, activations, a crowd, and hashes, in turn.
+def registrations(system, options):
+    """Registrations, hashes, activations and a crowd, in turn.
 
     The turns are short: the speed of a machine that others share changes in seconds.
     """
-    found = defaultdict(list)       # {(figure, whose): [one a round]}
-    for number in range(1 if options.short else 8):
-        for figure, value in one_round(here, options.seconds / 2).items():
-            found[figure].append(value)
-        say(f"round {number + 1}: " + ", ".join(
-            f"{' '.join(figure)} {values[-1]:.4g}" for figure, values in found.items()))
+    here, found = system.versions[0], defaultdict(list)     # one a round
+    for version in system.versions:
+        ask(version, "register", 1)     # opens connections and fills caches
+    for _ in range(1 if options.short else 8):
+        answers = [(version, ask(version, "register", options.seconds))
+                   for version in system.versions]
+        rate, hash_cpu = hashes(20 * CORES * options.seconds)
+        found["hashes"].append(rate)
+        for version, answer in answers:
+            answer.cpu["API"] -= hash_cpu
+            answer.cpu["all"] = sum(answer.cpu.values())
+            for process, cpu in answer.cpu.items():
+                found[process, version.name].append(cpu)
+            found["registrations", version.name].append(answer.rate)
+            found["activations", version.name].append(
+                ask(version, "activate", options.seconds).rate)
+        crowd = ask(here, "register", options.seconds, CROWD, ["503"])
+        found["crowd"].append(crowd.rate)
+        found["p99"].append(crowd.p99)
+        found["refused"].append(crowd.statuses.get("503", 0))
+        say(", ".join(f"{figure}: {each[-1]:.4g}" for figure, each in found.items()))
     for what in "registrations", "activations":
         row(f"{what}, {CALLERS} callers / hashes", found[what, "here"], "/s",
-            found["hashes", "rate"], least=0.62)
-        if here.other:
+            found["hashes"], least=0.62)
+        if options.against:
             row(f"{what}, {CALLERS} callers / the other's", found[what, "here"], "/s",
                 found[what, "other"])
-    row(f"registrations, {CROWD} callers / {CALLERS} callers", found["crowd", "rate"],
-        "/s", found["registrations", "here"], least=0.97)
-    row(f"p99, {CROWD} callers", found["crowd", "p99"], "s", most=1)
-    row(f"refused, {CROWD} callers", [sum(found["crowd", "refused"])], "", most=0)
-    for process in [*processes(here), "all"]:
+    row(f"registrations, {CROWD} callers / {CALLERS} callers", found["crowd"], "/s",
+        found["registrations", "here"], least=0.97)
+    row(f"p99, {CROWD} callers", found["p99"], "s", most=1)
+    row(f"refused, {CROWD} callers", [sum(found["refused"])], "", most=0)
+    for process in [*here.processes, "all"]:
         row(f"CPU a registration beside the hash: {process}", found[process, "here"],
-            "ms", here.other and found[process, "other"])
+            "ms", found[process, "other"])
 
 
-def one_round(here, seconds):
-    """{(figure, whose): value}, with hashes before and after all the rest."""
-    found = {}
-    before = hashes(seconds / 5)
-    for version in versions(here):
-        rate, cost = registrations_and_cost(version, seconds)
-        found["registrations", version.name] = rate
-        found |= {(process, version.name): each for process, each in cost.items()}
-    crowd = ask(here, "register", seconds, CROWD, statuses=["202", "503"])
-    for version in versions(here):
-        active = ask(version, "activate", seconds)
-        found["activations", version.name] = per_second(active, "200")
-    rate, cpu = map(mean, zip(before, hashes(seconds / 5)))
-    found["hashes", "rate"] = rate
-    for version in versions(here):
-        found["API", version.name] -= cpu
-        found["all", version.name] -= cpu
-    return found | {("crowd", "rate"): per_second(crowd), ("crowd", "p99"): crowd.p99,
-                    ("crowd", "refused"): crowd.answers.get("503", 0)}
-
-
-def registrations_and_cost(version, seconds):
-    """(registrations a second, {process: CPU ms of one})."""
-    servers = processes(version)
-    before = {process: cpu_seconds(server) for process, server in servers.items()}
-    found = ask(version, "register", seconds)
-    count = found.answers["202"]
-    cost = {process: 1000 * (cpu_seconds(server) - before[process]) / count
-            for process, server in servers.items()}
-    return per_second(found), cost | {"all": sum(cost.values())}
-
-
-def mails(here, options):
+def mails(system, options):
     """A consumer with a full queue, and registrations, in turn."""
-    count, found, registered = int(250 * options.seconds), [], []
+    here, count, found, registered = system.versions[0], 250 * options.seconds, [], []
     for number in range(1 if options.short else 5):
-        registered.append(per_second(ask(here, "register", options.seconds / 2)))
+        registered.append(ask(here, "register", options.seconds).rate)
         here.consumer.stop()
-        fill_queue(here.settings["BROKER_URL"], count, number)
-        mailed = mails_of(here)
+        email = f"round{number}@example.com"
+        for _ in range(count):
+            jobs.put(here.consumer.env["BROKER_URL"], {
+                "template": "code", "email": email, "code": CODE,
+                "issued_at": time.time(), "expires_at": time.time() + 900})
         here.consumer.start()
-        wait_until(lambda due=mailed + count: mails_of(here) >= due, 120)
-        arrived = [json.loads(line)["arrived"] for line in
-                   here.sink.record.read_text().splitlines()[mailed:]]
-        found.append(count / (arrived[-1] - arrived[0]))
-        say(f"mails: {found[-1]:.0f}/s; {registered[-1]:.1f} registrations/s")
+        wait_until(lambda email=email: len(system.smtp.mails_to(email)) == count, 120)
+        instants = system.smtp.tried_at[email]
+        found.append((count - 1) / (instants[-1] - instants[0]))
     row("mails of one consumer / registrations", found, "/s", registered, least=4)
 
 
-def fill_queue(broker, count, number):
-    """Jobs as service.py writes them; without a confirm for each, so in a second."""
-    channel = Connection(broker).default_channel
-    now = time.time()
-    for each in range(count):
-        job = {"template": "code", "email": f"bench{each}@example.com", "code": "0427",
-               "issued_at": now, "expires_at": now + 900}
-        channel.basic_publish(amqp.Message(
-            json.dumps(job), content_type="application/json", content_encoding="utf-8",
-            delivery_mode=2, message_id=f"{number:04x}{each:028x}"),
-            routing_key=jobs.MAIL)
-    wait_until(lambda: jobs.waiting_in(broker) >= count)
-    channel.connection.client.collect()
-
-
-def accounts(here, options):
+def accounts(system, options):
     """Requests one at a time, with a big table and with an empty one; and tidy()."""
-    found, apis = defaultdict(list), {}
-    with ExitStack() as stack:
-        for name in "many", "none":
-            url = new_database(here.postgres, name, HERE.folder)
-            folder = here.folder / name
-            api = Gunicorn(folder, here.settings | {"DATABASE_URL": url})
-            apis[name] = SimpleNamespace(**vars(here) | {
-                "folder": folder, "database": name, "api": stack.enter_context(api)})
-        began = time.monotonic()
-        here.postgres.psql(FILL.format(accounts=options.accounts), "many")
-        say(f"{options.accounts:,} accounts made in {time.monotonic() - began:.0f} s")
-        for turn in range(2 if options.short else 21):
-            for (name, api), what in itertools.product(
-                    apis.items(), ("register", "activate")):
-                each = ask(api, what, options.seconds / 4, callers=1)
-                if turn:        # before, it opened connections and filled caches
-                    found[what, name].append(1000 * each.p50)
-            say("p50: " + ", ".join(f"{' '.join(figure)} {values[-1]:.1f} ms"
-                                    for figure, values in found.items() if values))
-    for what in "register", "activate":
-        row(f"p50 of {what}, {options.accounts:,} accounts / none", found[what, "many"],
-            "ms", found[what, "none"], most=1.1)
-    left = here.postgres.psql(LEFT, "many")
+    here, found, versions = system.versions[0], defaultdict(list), {}
+    for name in "many", "none":
+        url = new_database(system.postgres, name, HERE.folder)
+        api = Gunicorn(here.api.folder / name, here.api.env | {"DATABASE_URL": url})
+        versions[name] = SimpleNamespace(**vars(here) | {"api": api})
+    system.postgres.psql(FILL.format(
+        accounts=options.accounts, password_hash=hash_password(PASSWORD)), "many")
+    with running(*[version.api for version in versions.values()]):
+        for _ in range(2 if options.short else 21):
+            for name, version in versions.items():
+                for what in "register", "activate":
+                    found[what, name].append(1000 * ask(version, what, 1, 1).p50)
+    for what in "register", "activate":     # the first ones opened connections
+        row(f"p50 of {what}, {options.accounts:,} accounts / none",
+            found[what, "many"][1:], "ms", found[what, "none"][1:], most=1.1)
+    left = system.postgres.psql(LEFT, "many")
     row("old accounts and limits that were left", [float(left)], "")
 
 
@@ -429,10 +343,8 @@ def accounts(here, options):
 FILL = """
     INSERT INTO users (email, password_hash, code_digest, expires_at, registered_at,
                        activated_at)
-    SELECT 'account' || n || '@example.com',
-           '$argon2id$v=19$m=12288,t=3,p=1$' || left(md5('salt' || n), 22) || '$'
-               || left(encode(sha256(n::text::bytea), 'base64'), 43),
-           sha256(n::text::bytea), now() - interval '1 minute',
+    SELECT 'account' || n || '@example.com', '{password_hash}', sha256(n::text::bytea),
+           now() - interval '1 minute',
            now() - CASE WHEN n % 10 = 0 THEN n % 20 / 10 * interval '2 days'
                         ELSE interval '30 days' END,
            CASE WHEN n % 10 > 0 THEN now() - interval '30 days' END
@@ -457,7 +369,7 @@ PARTS = {part.__name__: part for part in (memory, registrations, mails, accounts
 
 def add_options(parser):
     parser.add_argument("--accounts", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=8, help="of a phase")
+    parser.add_argument("--seconds", type=int, default=4, help="of a phase")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--against", type=Path, metavar="FOLDER",
                         help="the folder of another version, with a .venv of its own")
@@ -468,10 +380,10 @@ def main(options):
         options.accounts, options.seconds = 10_000, 1
     against = options.against and options.against.resolve()
     try:
-        with system(against) as here:
+        with system(against) as everything:
             for name in options.only or PARTS:
                 say(f"-- {name}: {PARTS[name].__doc__.partition(chr(10))[0]}")
-                PARTS[name](here, options)
+                PARTS[name](everything, options)
     finally:    # what was measured until Ctrl-C or an error, too
         print_table()
     return []

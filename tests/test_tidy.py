@@ -119,26 +119,6 @@ def test_it_does_not_wait_for_old_rows_that_are_in_use(servers, tidier, old_rows
         tidies(tidier, old_rows, left=(1, 1))
 
 
-def test_it_answers_while_a_backup_is_in_its_way_and_tidies_after_it(
-        servers, tidier, old_rows, database):
-    database("""
-        INSERT INTO limits (name, subject, count, expires_at)
-        SELECT 'older', n, 1, now() - interval '2 months'
-          FROM generate_series(1, 150000) AS n""")
-    with closing(psycopg2.connect(servers.postgres.url)) as backup:
-        backup.set_session(isolation_level="REPEATABLE READ")
-        backup.cursor().execute("SELECT")    # from now on, it sees all of these rows
-        database("DELETE FROM limits WHERE name = 'older'")
-        old_rows.insert(10)
-
-        answers = [check_health(tidier) for _ in range(60)]
-
-    assert {answer.status for answer in answers} == {200}
-    tidies(tidier, old_rows)
-    assert not events(tidier.log, level="WARNING")
-    database("VACUUM limits")
-
-
 @pytest.mark.parametrize("table, left", [("users", (10, 0)), ("limits", (0, 10))])
 def test_it_gives_up_soon_and_quietly_where_it_would_have_to_wait(
         servers, tidier, old_rows, table, left):

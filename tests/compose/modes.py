@@ -7,16 +7,12 @@ import json
 import os
 import re
 import shutil
-import ssl
 import subprocess
 import uuid
-from http.client import HTTPSConnection
 
 import pytest
-from servers.edge import Nginx
-from servers.install import install_missing
-from servers.process import TOP, free_port, says
-from steps import ACTIVATE, JSON, basic, fresh_email, register, wait_until
+from servers.process import TOP, free_port
+from steps import activate, fresh_client, fresh_email, register, wait_until
 from steps.readme import break_it, shape
 
 PRODUCTION = {
@@ -135,14 +131,6 @@ def test_it_prints_what_the_readme_shows(development, way):
     assert shape(done.stdout) == shape(ways[way].output)
 
 
-def test_two_checkouts_run_side_by_side(development, clone):
-    with Stack(clone) as other:
-        other.up()
-        answers = [register(stack, fresh_email()) for stack in (development, other)]
-
-    assert [answer.status for answer in answers] == [202, 202]
-
-
 # -- Production ------------------------------------------------------------------------
 
 
@@ -206,58 +194,14 @@ def test_edge_finds_a_second_api_and_does_without_the_first(production):
     assert answers == [202] * 9
 
 
-class TlsProxy(Nginx):
-    """An nginx in front of the edge, as on a host of production."""
+def test_two_clients_of_a_tls_proxy_are_two(production):
+    one, another = fresh_client(), fresh_client()    # as it tells them to the edge
 
-    def __init__(self, folder, certificate, edge_port):
-        super().__init__(folder)
-        self.port, self.conf = free_port(), self.folder / "nginx.conf"
-        self.conf.write_text(f"""
-            pid {self.folder}/pid;
-            events {{}}
-            http {{
-                access_log off;
-                server {{
-                    listen 127.0.0.1:{self.port} ssl;
-                    ssl_certificate {certificate[0]};
-                    ssl_certificate_key {certificate[1]};
-                    location / {{
-                        proxy_pass http://127.0.0.1:{edge_port};
-                        proxy_set_header Host $http_host;
-                        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-                    }}
-                }}
-            }}""")
+    def guess(client):
+        return activate(production, fresh_email(), "0427", **client).status
 
-    def answers(self):
-        return says(self.port, b"x\r\n\r\n")
-
-    def ask(self, method, path, body=None, source="127.0.0.1", **headers):
-        """The status of an answer to a client with this address, and where it leads."""
-        connection = HTTPSConnection(
-            "127.0.0.1", self.port, timeout=20, source_address=(source, 0),
-            context=ssl._create_unverified_context())
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        connection.close()
-        return answer.status, answer.headers["Location"]
-
-
-def test_two_clients_of_a_tls_proxy_are_two_and_its_docs_are_there(
-        production, certificate, tmp_path):
-    def guess(source):
-        return proxy.ask(
-            "PATCH", ACTIVATE, '{"code": "0427"}', source, **JSON,
-            Authorization=basic(fresh_email(), "a wrong password"))[0]
-
-    install_missing("nginx")
-    with TlsProxy(tmp_path, certificate, production.port) as proxy:
-        of_one = [guess("127.0.0.2") for _ in range(21)]
-
-        assert of_one == [403] * 20 + [429]
-        assert guess("127.0.0.3") == 403
-        assert proxy.ask("GET", "/docs/") == (200, None)
-        assert proxy.ask("GET", "/docs") == (308, "/docs/")
+    assert [guess(one) for _ in range(21)] == [403] * 20 + [429]
+    assert guess(another) == 403
 
 
 def test_production_takes_its_settings_from_a_file(clone, tmp_path):

@@ -4,17 +4,10 @@ from servers.install import find
 from servers.process import TOP, Server, free_port, responds
 
 
-class Nginx(Server):
-    """nginx, as its .conf says, which is a file."""
+class Edge(Server):
+    """The first API gets every request; the others get what it does not take."""
 
     name = "nginx"
-
-    def command(self):
-        return [find("nginx"), "-e", "stderr", "-c", self.conf, "-g", "daemon off;"]
-
-
-class Edge(Nginx):
-    """The first API gets every request; the others get what it does not take."""
 
     def __init__(self, folder, *apis):
         super().__init__(folder)
@@ -28,6 +21,9 @@ class Edge(Nginx):
             "/tmp/": f"{self.folder}/", "8080 ": f"127.0.0.1:{self.port} ",
             "http://api:8000;": "http://apis;",
             "http {": f"http {{\n    upstream apis {{ {apis}; }}"}))
+
+    def command(self):
+        return [find("nginx"), "-e", "stderr", "-c", self.conf, "-g", "daemon off;"]
 
     def answers(self):
         return responds(self.port, "/edge")

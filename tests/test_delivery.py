@@ -361,7 +361,7 @@ def test_it_tries_every_few_seconds_and_not_once_a_job_while_it_cannot_log_in(
         broker, start_consumer, secure_smtp, job):
     secure_smtp.replies["AUTH", "ann"] = ["334 Login:"]     # it is to be Base64
     secure_smtp.login = ("ann", "changed")
-    start_consumer(BROKER_URL=broker, **secure_smtp.settings)
+    mailer = start_consumer(BROKER_URL=broker, **secure_smtp.settings)
 
     for address in [job["email"], *[fresh_email() for _ in range(4)]]:
         put(broker, job | {"email": address})
@@ -370,6 +370,7 @@ def test_it_tries_every_few_seconds_and_not_once_a_job_while_it_cannot_log_in(
 
     assert arrived(secure_smtp, job["email"])
     assert all(gap >= 3 for gap in gaps(secure_smtp.logins[:3]))
+    assert not events(mailer.log, event="outage")
 
 
 # -- TLS at the broker -----------------------------------------------------------------

@@ -223,7 +223,6 @@ def start_consumer(settings, tmp_path):
 @pytest.fixture(scope="session")
 def mailer_of_session(servers, settings, brokers):
     smtp, broker = SmtpServer(free_port()), brokers["mailer"]
-    smtp.punishes = True
     settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
     with Consumer(servers.folder / "mailer", settings) as consumer:
         wait_until(lambda: consumers_of(broker))

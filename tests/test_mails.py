@@ -2,14 +2,11 @@
 
 import email
 import email.policy
-import json
 import re
 import time
 from email.utils import parsedate_to_datetime
 
 import pytest
-from servers.process import TOP
-from servers.program import Consumer
 from servers.system import SENDER
 from steps import (
     ACTIVATE,
@@ -29,7 +26,7 @@ from steps import (
     wait_until,
     wrong,
 )
-from steps.jobs import arrived, consumers_of, put
+from steps.jobs import arrived, put
 from steps.logs import events
 
 
@@ -45,7 +42,7 @@ def test_it_mails_a_code_with_its_lifetime_and_when_it_was_issued(service, datab
 
     mail = mailed_to(service, address)
 
-    text, headers = mail["text"], mail["headers"]
+    text = mail["text"]
     [(issued,)] = database("""
         SELECT to_char(registered_at AT TIME ZONE 'UTC',
                        'HH24:MI:SS "UTC on" DD FMMonth YYYY')
@@ -53,8 +50,7 @@ def test_it_mails_a_code_with_its_lifetime_and_when_it_was_issued(service, datab
     assert text.splitlines().count(code) == 1
     assert f"issued at {issued} and works for 60 seconds" in " ".join(text.split())
     assert "only the newest" in text
-    assert headers["subject"] == "Your code"
-    assert not re.search(rf"\b{code}\b", json.dumps(headers["from"] + headers["to"]))
+    assert mail["subject"] == "Your code"
 
 
 def test_it_mails_a_confirmation_and_later_a_notice_without_a_code(service):
@@ -67,8 +63,6 @@ def test_it_mails_a_confirmation_and_later_a_notice_without_a_code(service):
     assert "your account is active" in confirmation["text"]
     assert notice["subject"] == "You already have an account"
     assert not re.search(r"\b\d{4}\b", notice["text"])
-    assert {mail["headers"]["auto-submitted"] for mail in (confirmation, notice)} == {
-        "auto-generated"}
 
 
 # -- Headers, sender and recipient -----------------------------------------------------
@@ -80,10 +74,10 @@ def test_it_mails_text_only_with_the_headers_of_an_automatic_mail(
 
     [mail] = arrived(mailer.smtp, job["email"])
 
-    assert parsed(mail).get_content_type() == "text/plain"
-    assert job["code"] in parsed(mail).get_content().split()
-    assert mail.sender == SENDER
     headers = parsed(mail)
+    assert headers.get_content_type() == "text/plain"
+    assert job["code"] in headers.get_content().split()
+    assert mail.sender == SENDER
     sent = parsedate_to_datetime(headers["Date"]).timestamp()
     assert headers["From"] == settings["MAIL_FROM"]
     assert headers["To"] == job["email"]
@@ -92,19 +86,9 @@ def test_it_mails_text_only_with_the_headers_of_an_automatic_mail(
     assert sent == pytest.approx(time.time(), abs=60)
 
 
-@pytest.mark.parametrize("address, arrives_at", [
-    ("o'neil+tag.{}@example.com", "o'neil+tag.{}@example.com"),
-    ("ann.{}@bücher.example", "ann.{}@xn--bcher-kva.example")])
-def test_it_mails_to_unusual_addresses(service, address, arrives_at):
-    unique = fresh_email().partition("@")[0]
-
-    register(service, address.format(unique))
-
-    assert len(mailed_to(service, arrives_at.format(unique))["envelope"]["to"]) == 1
-
-
 @pytest.mark.parametrize("sender, name", [
     ("ann@mail.example.org", ""),
+    ("Jörg von der 注册 <ann@mail.example.org>", "Jörg von der 注册"),
     ('"[Staging] Acme, Inc." <ann@mail.example.org>', "[Staging] Acme, Inc.")])
 def test_it_mails_from_a_sender_with_or_without_a_name_and_says_its_domain(
         broker, start_consumer, smtp, job, sender, name):
@@ -118,32 +102,6 @@ def test_it_mails_from_a_sender_with_or_without_a_name_and_says_its_domain(
     assert mail.sender == address.addr_spec == "ann@mail.example.org"
     assert smtp.names == ["mail.example.org"]
     assert parsed(mail)["Message-ID"] == f"<{message_id}@mail.example.org>"
-
-
-def test_it_mails_any_unicode(broker, settings, smtp, tmp_path, job):
-    translations = {
-        "Your account is active": "Ihr Konto ist eröffnet: 账户已激活 🎉",
-        "Welcome!": "Grüß Gott, ようこそ, добро пожаловать 🎉!"}
-    program = (TOP / "consumer.py").read_text()
-    for ours, theirs in translations.items():
-        program = program.replace(ours, theirs)
-    (tmp_path / "consumer.py").write_text(program)
-    translated = Consumer(tmp_path / "log", settings | {
-        "BROKER_URL": broker, "SMTP_PORT": str(smtp.port),
-        "MAIL_FROM": f"Jörg von der 注册 <{SENDER}>"})
-    translated.cwd = tmp_path
-
-    with translated:
-        wait_until(lambda: consumers_of(broker))
-        put(broker, job | {"template": "confirmation"})
-        [mail] = arrived(smtp, job["email"])
-
-    subject, greeting = translations.values()
-    assert parsed(mail)["Subject"] == subject
-    assert greeting in parsed(mail).get_content()
-    [sender] = parsed(mail)["From"].addresses
-    assert sender.display_name == "Jörg von der 注册"
-    assert mail.sender == sender.addr_spec == SENDER
 
 
 # -- The log of the API ----------------------------------------------------------------

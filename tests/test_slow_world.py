@@ -17,13 +17,11 @@ from steps import (
     at_once,
     fresh_email,
     mailed_to,
-    mails_to,
     problem_in,
     refused_in_time,
     register,
     send,
     timed,
-    wait_until,
     wait_until_at_rest,
 )
 
@@ -94,14 +92,8 @@ def narrow(servers, settings, service):
         yield edge
 
 
-def posts_to(api):
-    """How many requests its workers have seen."""
-    return api.log.read_text().count("method=POST")
-
-
-def test_it_sheds_what_is_too_much_and_neither_keeps_it_nor_asks_the_worker(
-        narrow, database):
-    emails, before = [fresh_email() for _ in range(60)], posts_to(narrow.api)
+def test_it_sheds_what_is_too_much_and_keeps_nothing_of_it(narrow, database):
+    emails = [fresh_email() for _ in range(60)]
 
     answers = at_once(*[partial(register, narrow, email) for email in emails])
 
@@ -111,20 +103,16 @@ def test_it_sheds_what_is_too_much_and_neither_keeps_it_nor_asks_the_worker(
     assert taken and shed
     assert {problem_in(answer) for answer in refusals} == {503}
     assert all(0 < int(answer.headers["Retry-After"]) <= 10 for answer in refusals)
-    send(narrow, "GET", "/openapi.yaml")     # the worker comes to it after all others
-    wait_until(lambda: "route=/openapi.yaml" in narrow.api.log.read_text())
-    assert posts_to(narrow.api) - before == len(taken)
     assert all(mailed_to(narrow, email) for email in taken)
-    assert not any(mails_to(narrow, email) for email in shed)
+    assert register(narrow, fresh_email()).status == 202     # after all others
     assert database("SELECT email FROM users WHERE email = ANY(%s)", [shed]) == []
-    assert register(narrow, shed[0]).status == 202
 
 
 def test_it_asks_the_other_api_where_one_is_full(servers, service, narrow):
-    before = posts_to(service)
+    before = service.log.read_text().count("method=POST")
 
     with Edge(servers.folder / "both", narrow.api, service) as both:
         answers = at_once(*[partial(register, both, fresh_email()) for _ in range(20)])
 
     assert {answer.status for answer in answers} == {202}
-    assert posts_to(service) > before
+    assert service.log.read_text().count("method=POST") > before

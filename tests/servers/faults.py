@@ -3,9 +3,9 @@
     down        it was stopped in order
     killed      SIGKILL to all of it, as by a power cut
     paused      its connections stay open, and it answers nothing
-    alarmed     RabbitMQ believes that it is out of memory
+    alarmed     RabbitMQ believes that it is out of memory, and lets publishers wait
     read_only   PostgreSQL takes no writes, as if its disk were full
-    crowded     PostgreSQL lets nobody in, as at its limit of connections
+    crowded     PostgreSQL lets no API in, as at its limit of connections
     full        RabbitMQ's mail queue takes nothing more
     cut         the clients lost their connections; the server itself is well
 
@@ -51,7 +51,6 @@ def killed(server):
 
 @contextmanager
 def paused(server):
-    """Connections to it stay open, and it answers nothing."""
     server.pause()
     try:
         yield
@@ -61,7 +60,6 @@ def paused(server):
 
 @contextmanager
 def alarmed(rabbitmq):
-    """It believes that it is out of memory, and reads nothing more from publishers."""
     rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
     try:
         yield
@@ -71,7 +69,6 @@ def alarmed(rabbitmq):
 
 @contextmanager
 def read_only(postgres):
-    """As a standby is, or a server whose disk is full."""
     postgres.psql("ALTER SYSTEM SET default_transaction_read_only = on")
     postgres.psql("SELECT pg_reload_conf()")
     wait_until(lambda: postgres.psql("SHOW default_transaction_read_only") == "on")
@@ -85,7 +82,6 @@ def read_only(postgres):
 
 @contextmanager
 def crowded(postgres):
-    """The API's role has all the connections that it may have: none."""
     postgres.psql("ALTER ROLE registration_api CONNECTION LIMIT 0")
     cut_sessions(postgres)
     try:

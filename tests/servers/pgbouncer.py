@@ -7,14 +7,11 @@ from servers.process import ROOT, Server, free_port, says
 
 
 class PgBouncer(Server):
-    """In front of a PostgreSQL's database `registration`; api_url is as there.
-
-    sessions: how many of PostgreSQL's its clients share.
-    """
+    """In front of a PostgreSQL's database `registration`; api_url is as there."""
 
     name = "PgBouncer"
 
-    def __init__(self, folder, postgres, sessions=2):
+    def __init__(self, folder, postgres):
         super().__init__(folder)
         self.env = {"PATH": os.defpath}
         self.port = free_port()
@@ -33,7 +30,7 @@ class PgBouncer(Server):
             auth_type = trust
             auth_file = {self.users}
             pool_mode = transaction
-            default_pool_size = {sessions}
+            default_pool_size = 2
             """.replace("            ", ""))
         if ROOT:  # which PgBouncer refuses to be
             self.user = {"user": "postgres", "group": "postgres", "extra_groups": []}

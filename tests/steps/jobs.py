@@ -32,11 +32,8 @@ def channel_to(broker):
 
 
 def put(broker, job, **properties):
-    """Puts a job into the queue, as service.py does; its message id."""
-    return put_raw(broker, json.dumps(job).encode(), **properties)
-
-
-def put_raw(broker, body, **properties):
+    """Puts a job, or any bytes, into the queue, as service.py does; its message id."""
+    body = job if isinstance(job, bytes) else json.dumps(job).encode()
     properties = {"content_type": "application/json", "content_encoding": "utf-8",
                   "delivery_mode": 2, "message_id": uuid.uuid4().hex} | properties
     with channel_to(broker) as channel:
@@ -45,15 +42,11 @@ def put_raw(broker, body, **properties):
     return properties["message_id"]
 
 
-def take(broker, queue=MAIL):
-    """Waits for a message and takes it out of the queue."""
-    with channel_to(broker) as channel:
-        return wait_until(lambda: channel.basic_get(queue, no_ack=True))
-
-
 def take_job(broker):
-    """The same, as the job that it is."""
-    return json.loads(take(broker).body)
+    """Waits for a job and takes it out of the queue."""
+    with channel_to(broker) as channel:
+        return json.loads(
+            wait_until(lambda: channel.basic_get(MAIL, no_ack=True)).body)
 
 
 def waiting_in(broker, queue=MAIL):

@@ -159,11 +159,6 @@ def test_it_counts_for_all_apis_and_workers_together(service, strict):
 # -- Failed activations of a client ----------------------------------------------------
 
 
-def fail(api, client):
-    """An activation that no account has."""
-    return activate(api, fresh_email(), "1234", **client)
-
-
 def test_it_limits_the_failed_activations_of_a_client_whatever_was_wrong(rationed):
     site = f"2001:db8:{secrets.randbits(16):x}"
     addresses = [f"{site}:7::1", f"{site}:7:1:2:3:4", f"{site}:7::2", f"{site}:8::1"]
@@ -187,7 +182,7 @@ def test_it_lets_a_503_a_success_and_a_409_cost_nothing_of_the_failures(
     database("ALTER TABLE users DROP CONSTRAINT no_attempt")
 
     fine = [activate(rationed, email, code, **here) for _ in range(4)]
-    failed = [fail(rationed, here) for _ in range(3)]
+    failed = [activate(rationed, fresh_email(), "1234", **here) for _ in range(3)]
 
     assert problem_in(broken) == 503
     assert statuses_of(fine) == [200, 409, 409, 409]
@@ -197,7 +192,7 @@ def test_it_lets_a_503_a_success_and_a_409_cost_nothing_of_the_failures(
 def test_it_does_not_look_at_an_account_once_a_client_has_failed_too_often(
         servers, rationed):
     here, (email, code) = fresh_client(), registered(rationed)
-    failed = [fail(rationed, here) for _ in range(2)]
+    failed = [activate(rationed, fresh_email(), "1234", **here) for _ in range(2)]
 
     with table_locked(servers.postgres, "users"):
         refused = [activate(rationed, email, each, **here)

@@ -78,15 +78,13 @@ def test_it_ignores_other_fields_even_numbers_that_only_python_writes(
 
 # -- Addresses and passwords; test_input.py has those that it refuses ------------------
 
-LONGEST = f"{{}}{'a' * 42}@{'c' * 63}.{'d' * 63}.{'e' * 63}.example"   # 254 characters
-
 
 @pytest.mark.parametrize("kept, typed", [
     ("o'neil+tag.{}@example.com", "O'Neil+Tag.{}@EXAMPLE.Com"),
     ("{}!#$%&*/=?^_`|~-@xn--bcher-kva.example", "{}!#$%&*/=?^_`|~-@bücher.example"),
     ("{}@xn--bcher-kva.example", "{}@BU\u0308CHER.example"),
-    ("{}@kelvin.example", "{}@\u212aelvin.example"),        # with the Kelvin sign
-    (LONGEST, LONGEST)], ids=ascii)
+    ("{}@kelvin.example", "{}@\u212aelvin.example")],        # with the Kelvin sign
+    ids=ascii)
 def test_it_takes_every_usual_address_as_one_account_however_it_is_typed(
         service, database, kept, typed):
     name = fresh_email().partition("@")[0]
@@ -99,6 +97,15 @@ def test_it_takes_every_usual_address_as_one_account_however_it_is_typed(
     assert database("SELECT email FROM users WHERE email ILIKE %s",
                     [f"%{name}%"]) == [(kept,)]
     assert activate(service, typed, code).status == 200
+
+
+def test_it_takes_an_address_of_254_characters(service, database):
+    email = f"{'a' * 38}{fresh_email()}.{'c' * 63}.{'d' * 63}.{'e' * 63}"
+
+    accepted = register(service, email)
+
+    assert (len(email), accepted.status) == (254, 202)
+    assert rows_of(database, email)
 
 
 @pytest.mark.parametrize("typed, again", [

@@ -91,21 +91,23 @@ def database(servers):
 # -- More APIs -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def running_api(settings, service, tmp_path_factory):
+    """Runs one more API with settings of its own, beside the consumer that runs."""
+    @contextlib.contextmanager
+    def run_it(**changes):
+        with Gunicorn(tmp_path_factory.mktemp("api"), settings | changes) as api:
+            api.maildev_url = service.maildev_url
+            yield api
+
+    return run_it
+
+
 @pytest.fixture
-def start_service(servers, settings, service, tmp_path):
-    """Starts one more API with settings of its own, beside the consumer that runs."""
-    started = []
-
-    def start_it(**changes):
-        api = Gunicorn(tmp_path / f"api{len(started)}", settings | changes)
-        api.start()
-        started.append(api)
-        api.maildev_url = service.maildev_url
-        return api
-
-    yield start_it
-    for api in started:
-        api.stop()
+def start_service(running_api):
+    """Starts such an API, and stops it after the test."""
+    with contextlib.ExitStack() as started:
+        yield lambda **changes: started.enter_context(running_api(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +133,6 @@ def relayed(relayed_of_module):
         way.held, way.released = threading.Event(), threading.Event()
     wait_until_at_rest(relayed_of_module)
     return relayed_of_module
-
-
-@pytest.fixture(scope="module")
-def strict(servers, settings, service, tmp_path_factory):
-    """An API behind a proxy, with limits so small that they are soon reached."""
-    with Gunicorn(tmp_path_factory.mktemp("strict"), settings | {
-            "TRUSTED_PROXIES": "1", "IP_LIMIT": "2", "EMAIL_LIMIT_HOUR": "2",
-            "EMAIL_LIMIT_DAY": "3", "ACTIVATE_LIMIT_HOUR": "2"}) as api:
-        api.maildev_url = service.maildev_url
-        yield api
 
 
 # -- Queues, consumers and their mail servers ------------------------------------------

@@ -130,14 +130,10 @@ def test_it_answers_as_ever_to_a_host_and_schemes_that_are_none(service, host):
 
 TEXT = json.dumps({"email": "ann@example.com", "password": PASSWORD, "code": "0427"})
 NOT_JSON = {
-    "empty": b"", "word": b"hello", "truncated": b'{"e', "no value": b'{"email":}',
-    "trailing comma": f"{TEXT[:-1]},}}".encode(), "single quotes": b"{'code': '1234'}",
-    "comment": b'{} // "code"', "junk after": f"{TEXT}x".encode(),
-    "form": b"email=ann@example.com&password=x", "NUL after": f"{TEXT}\0".encode(),
-    "newline in text": b'{"a": "\n"}', "leading zero": b'{"code": 0427}',
+    "empty": b"", "truncated": b'{"e', "form": b"email=ann@example.com&password=x",
+    "junk after": f"{TEXT}x".encode(), "NUL after": f"{TEXT}\0".encode(),
     "BOM": b"\xef\xbb\xbf{}", "Latin-1": f'{TEXT[:-1]}, "x": "é"}}'.encode("latin-1"),
-    "UTF-16": TEXT.encode("utf-16"), "UTF-16 without BOM": TEXT.encode("utf-16-le"),
-    "surrogate in UTF-8": b'{"code": "\xed\xa0\x80"}',
+    "UTF-16": TEXT.encode("utf-16"), "surrogate in UTF-8": b'{"code": "\xed\xa0\x80"}',
     "4,096 arrays open": b"[" * 4096, "819 objects open": b'{"a":' * 819}
 
 
@@ -163,9 +159,8 @@ def encoded(credentials):
 
 
 @pytest.mark.parametrize("value", [
-    None, "", "Basic ", f"Bearer {TOKEN}", TOKEN, f"Basic{TOKEN}", f"{GOOD} {TOKEN}",
-    GOOD[:-1], "Basic !!!!", b"Basic \xe9", "Basic username=ann, password=correct",
-    encoded(b"ann@example.com"), encoded(b"ann@example.com:"),
+    None, "", "Basic ", f"Bearer {TOKEN}", TOKEN, f"{GOOD} {TOKEN}", "Basic !!!!",
+    b"Basic \xe9", encoded(b"ann@example.com"), encoded(b"ann@example.com:"),
     encoded(b":correct horse"), encoded(b"ann@example.com:caf\xe9 au lait")])
 def test_it_asks_for_basic_in_utf_8_where_credentials_are_missing_or_malformed(
         service, value):
@@ -206,18 +201,14 @@ def test_it_answers_422_if_fields_are_missing_or_no_text(service, method, path, 
 
 
 @pytest.mark.parametrize("email", [
-    "ann", "@", "ann@", "@example.com", "ann@example", "ann@bob@example.com",
-    "ann@[127.0.0.1]", "ann@example..com", "ann@-a.example", "ann@example.com.",
-    "ann@exa_mple.com", ".ann@example.com", "ann.@example.com", "an..n@example.com",
-    "a,b@example.com", " ann@example.com", "ann@example.com ", "ann@exam ple.com",
-    '"a b"@example.com', "Ann <ann@example.com>", "ann@a.com, bob@a.com", "ann@a.com\n",
-    "ann@example.com\r\nBcc: bob@example.com", "ann\r\nBcc: bob@example.com\r\n@a.com",
-    "ann\0@example.com", "ann@exa\0mple.com", "ann\x7f@example.com",
+    "ann", "ann@", "@example.com", "ann@example", "ann@[127.0.0.1]", ".ann@example.com",
+    "ann@exa_mple.com", " ann@example.com", "ann@example.com.", '"a b"@example.com',
+    "Ann <ann@example.com>", "ann@a.com, bob@a.com", "ann@a.com\n",
+    "ann\r\nBcc: bob@example.com\r\n@a.com", "ann\0@example.com",
     "\ud800@example.com", "ann@\udc00.example", "änn@example.com",
-    "\u212aate@example.com", "ann\u200b@example.com", "ann@exa\u200bmple.com",
-    "ann\uff20example.com", "ann@xn--0.example", f"ann@{'b' * 64}.example",
+    "ann@exa\u200bmple.com", "ann\uff20example.com", "ann@xn--0.example",
     f"ann@{'c' * 63}.{'d' * 63}.{'e' * 63}.{'f' * 51}.example",      # 255 characters
-    "ann@" + "bücher." * 40 + "example", "a@" * 1000, "\\" * 900],
+    "ann@" + "bücher." * 40 + "example", "a@" * 1000],
     ids=lambda email: ascii(email)[:40])
 def test_it_refuses_what_is_not_an_address(service, email):
     answer = register(service, email)
@@ -226,10 +217,8 @@ def test_it_refuses_what_is_not_an_address(service, email):
 
 
 @pytest.mark.parametrize("password", [
-    "7 chars", "x" * 129, "e\u0301" * 7, "😀" * 7, "😀" * 129, "\u0958" * 65,
-    "nul \0 inside", "line\nbreak", "a tab\tinside", "delete \x7f inside",
-    "C1 control \x85", "lone \ud800 surrogate",
-    "12345678", "1QAZ2wsx", "Password", "ELIZABETH", "friend of emily"],
+    "7 chars", "x" * 129, "e\u0301" * 7, "😀" * 7, "\u0958" * 65, "nul \0 inside",
+    "line\nbreak", "C1 control \x85", "lone \ud800 surrogate", "12345678", "ELIZABETH"],
     ids=lambda password: ascii(password)[:40])
 def test_it_refuses_other_lengths_control_characters_and_common_passwords(
         service, password):
@@ -239,7 +228,6 @@ def test_it_refuses_other_lengths_control_characters_and_common_passwords(
 
 
 @pytest.mark.parametrize("email, password", [
-    ("ann.baker@example.com", "Ann.Baker@EXAMPLE.com"),
     ("ann.baker@example.com", "ANN.BAKER"), ("ANN.BAKER@example.com", "ann.baker"),
     ("ann@bücher.example", "ann@xn--bcher-kva.example"),
     ("ann@bücher.example", "Ann@BU\u0308CHER.example")])
@@ -250,8 +238,8 @@ def test_it_refuses_the_address_or_its_local_part_as_password(service, email, pa
 
 
 @pytest.mark.parametrize("code", [
-    1234, "123", "12345", " 123", "1234\n", "1234\0", "+123", "1_23", "abcd", "١٢٣٤",
-    "１２３４", "²²²²", "12\ud8004", "1" * 4000], ids=lambda code: ascii(code)[:20])
+    1234, "123", "12345", "1234\n", "1234\0", "+123", "1_23", "١٢٣٤", "²²²²",
+    "12\ud8004"], ids=ascii)
 def test_it_answers_422_to_what_is_not_four_ascii_digits(service, code):
     answer = activate(service, fresh_email(), code)
 
@@ -266,18 +254,13 @@ hypothetically = hypothesis_settings(
 texts = some.text(some.characters(codec=None), max_size=40)      # lone surrogates too
 values = some.recursive(
     some.none() | some.booleans() | some.integers() | some.floats() | texts,
-    lambda inner: (some.lists(inner, max_size=4)
-                   | some.dictionaries(texts, inner, max_size=4)),
-    max_leaves=10)
-bodies = (values | some.fixed_dictionaries({}, optional={
-    "email": values | some.emails(), "password": values, "code": values})
-          ).map(lambda value: json.dumps(value).encode()) | some.binary(max_size=200)
-credentials = some.binary(max_size=60) | some.tuples(texts | some.emails(), texts).map(
-    lambda pair: ":".join(pair).encode(errors="surrogatepass"))
-headers = some.text(some.characters(max_codepoint=255, exclude_categories=["Cc"])
-                    | some.just("\t"), max_size=60)          # what a header may hold
-authorizations = credentials.map(encoded) | (
-    headers | headers.map("Basic {}".format)).map(lambda text: text.encode("latin-1"))
+    lambda inner: some.lists(inner) | some.dictionaries(texts, inner), max_leaves=10)
+bodies = some.binary(max_size=200) | (values | some.fixed_dictionaries(
+    {"email": values, "password": values, "code": values})
+    ).map(lambda value: json.dumps(value).encode())
+authorizations = some.binary(max_size=60).map(encoded) | some.text(
+    some.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=60
+    ).map(lambda text: f"Basic {text}".encode("latin-1"))
 
 
 def is_answered(answer):
@@ -318,20 +301,12 @@ def answer_to(service, request):
 
 
 @pytest.mark.parametrize("request_", [
-    CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n",
     POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
     POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde" + HIDDEN,
-    POST + b"Content-Length: -1\r\n\r\n", POST + b"Content-Length: 50\r\n\r\n{",
-    POST + b"Content-Length: +5\r\n\r\nabcde" + HIDDEN,
-    POST + b"Content-Length: 5, 5\r\n\r\nabcde" + HIDDEN,
-    POST + b"Content-Length: 0\r\n Folded: yes\r\n\r\n",
-    CHUNKED + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n",
     POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + HIDDEN,
-    POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
-    CHUNKED + b"\r\nzz\r\n{}\r\n0\r\n\r\n", CHUNKED + b"\r\n-1\r\n{}\r\n0\r\n\r\n",
-    CHUNKED + b"\r\n2\r\n{}XX0\r\n\r\n", CHUNKED + b"\r\n2\r\n{",
-    PATCH + b"Authorization: \0\r\n\r\n", PATCH + b"Authorization: \x01\r\n\r\n",
-    PATCH + b"no colon\r\n\r\n", PATCH + b"a b: c\r\n\r\n", PATCH + b": x\r\n\r\n",
+    POST + b"Content-Length: -1\r\n\r\n", POST + b"Content-Length: 50\r\n\r\n{",
+    CHUNKED + b"\r\nzz\r\n{}\r\n0\r\n\r\n", CHUNKED + b"\r\n2\r\n{}XX0\r\n\r\n",
+    CHUNKED + b"\r\n2\r\n{", PATCH + b"Authorization: \0\r\n\r\n",
     b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
     PATCH + b"Authorization: Basic " + b"a" * 16384 + b"\r\n\r\n",
     PATCH + b"A: b\r\n" * 200 + b"\r\n"], ids=lambda request_: repr(request_[-40:]))
@@ -349,21 +324,12 @@ def test_it_does_not_wait_for_a_body_that_is_said_to_be_too_large(service):
         assert caller.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("head", [
-    b"GET /x?hunter2secret HTTP/1.1\r\nAuthorization Basic hunter2secret\r\n",
-    b"GET /x?hunter2secret FOO\r\n", b"GET /\0?hunter2secret HTTP/1.1\r\n",
-    b"GET /hunter2secret?hunter2secret HTTP/1.1\r\n"])
-def test_it_does_not_log_what_it_cannot_parse(service, head):
+def test_it_does_not_log_what_it_cannot_parse(service):
     start = len(service.log.read_text())
 
-    answer_to(service, head + b"Host: a\r\n\r\n")
+    for head in (b"GET /x?hunter2secret FOO\r\n", b"GET /\0?hunter2secret HTTP/1.1\r\n",
+                 b"GET /x HTTP/1.1\r\nAuthorization Basic hunter2secret\r\n"):
+        answer_to(service, head + b"\r\n")
 
-    assert "hunter2secret" not in wait_until(lambda: service.log.read_text()[start:])
-
-
-def test_it_survives_clients_that_leave(service):
-    for length in range(0, len(POST), 10):
-        with connect(service) as connection:
-            connection.sendall(POST[:length])
-
-    assert register(service, fresh_email()).status == 202
+    logged = wait_until(lambda: service.log.read_text()[start:])
+    assert "hunter2secret" not in logged

@@ -17,12 +17,11 @@ from types import SimpleNamespace
 from servers.system import digest, running_program
 from steps import (
     activate,
-    at_once,
     fresh_client,
     fresh_email,
     register,
-    send,
     wait_until,
+    wait_until_at_rest,
 )
 from steps.jobs import consumers_of
 from steps.logs import fields_of
@@ -119,8 +118,7 @@ class Story:
         older = [code for job, code in mails.items() if code and job != model.newest]
         unused = next(code for code in map("{:04}".format, range(100))
                       if code not in mails.values())
-        code = {"newest": newest, "older": older and older[-1], "wrong": None}[which]
-        code = code or unused
+        code = {"newest": newest, "older": older and older[-1]}.get(which) or unused
 
         status, job = self.ask(lambda: activate(
             self.system, email, code, password, **self.headers))
@@ -162,8 +160,7 @@ class Story:
         if self.paused:
             getattr(self.system, self.paused).resume()
             self.paused = None
-            wait_until(lambda: {answer.status for answer in at_once(
-                *[lambda: send(self.system, "GET", "/healthz")] * 8)} == {200})
+            wait_until_at_rest(self.system)
         if not self.consuming:
             self.system.consumer.start()
             self.consuming = True

@@ -194,6 +194,11 @@ def activated(service):
     return email
 
 
+def rows_of(database, email, columns="*"):
+    """What the table of users has of an address: one row in a list, or none."""
+    return database(f"SELECT {columns} FROM users WHERE email = %s", [email])
+
+
 def workers_of(api):
     """The process ids of an API's workers."""
     return tree(api.process.pid)[1:]

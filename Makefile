@@ -10,7 +10,6 @@ help:
 	@echo "make compose    both modes of Docker Compose, three minutes"
 	@echo "make bench      how fast it is, ten minutes; nothing else should run"
 	@echo "make chaos      ten minutes of load while servers and processes are killed"
-	@echo "make failover   four minutes of load on a cluster of brokers and a standby database"
 	@echo "make clock      whether the time of an answer tells who is registered"
 	@echo "make lint       ruff's default rules, and the order of imports"
 	@echo "make lock       write the locks after a change of a requirements.txt"
@@ -35,7 +34,7 @@ quick: .venv/complete
 compose: .venv/complete
 	$(PYTHON) -m pytest tests/compose/modes.py $(OPTIONS)
 
-bench chaos failover clock: .venv/complete
+bench chaos clock: .venv/complete
 	$(PYTHON) -m trials $@ $(OPTIONS)
 
 # No formatter: the margins of the two program files are aligned by hand. No type checker:
@@ -71,5 +70,5 @@ LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --custom-compile-command "make lock" $(NEWEST)
 upgrade: NEWEST = --upgrade
 
-.PHONY: help run test quick compose bench chaos failover clock lint \
+.PHONY: help run test quick compose bench chaos clock lint \
 	common-passwords venv lock upgrade

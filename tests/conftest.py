@@ -31,7 +31,7 @@ from steps.logs import events
 
 
 @pytest.fixture(scope="session")
-def servers(certificate):
+def servers(request, certificate):
     """PostgreSQL with the tables, RabbitMQ and MailDev, in a .folder.
 
     RabbitMQ has two addresses with TLS, too; its certificate has only 127.0.0.2. Not
@@ -48,6 +48,7 @@ def servers(certificate):
         return rabbitmq
 
     with running_servers(MailDev, rabbitmq=rabbitmq) as servers:
+        request.config.folder_of_logs = servers.folder
         yield servers
 
 
@@ -86,6 +87,17 @@ def database(servers):
 
     yield execute
     connection.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Shows the last lines of each log, too, when a test has failed."""
+    report, folder = (yield), getattr(item.config, "folder_of_logs", None)
+    if report.failed and folder:
+        for log in folder.rglob("*.log"):
+            lines = log.read_text(errors="replace").splitlines()[-20:]
+            report.sections.append((str(log), "\n".join(lines)))
+    return report
 
 
 # -- More APIs -------------------------------------------------------------------------

@@ -412,3 +412,18 @@ def test_it_talks_to_no_broker_that_it_cannot_verify_and_says_why(
     for log in api.log, consumer.log:
         assert reason in events(log, event="outage")[0]["reason"]
         assert "guest" not in log.read_text()
+
+
+# -- Several hosts ---------------------------------------------------------------------
+
+
+def test_it_uses_another_host_where_the_first_is_away(
+        settings, broker, start_service, start_consumer, smtp):
+    several = {"BROKER_URL": f"amqp://guest:guest@127.0.0.1:1//;{broker}"}
+    api = start_service(**several, DATABASE_URL=settings["DATABASE_URL"].replace(
+        "@", "@127.0.0.1:1,") + "?target_session_attrs=read-write")
+    start_consumer(**several, SMTP_PORT=str(smtp.port))
+
+    accepted(api, email := fresh_email())
+
+    assert arrived(smtp, email)

@@ -411,6 +411,7 @@ def test_it_loses_nothing_by_power_cuts_and_activates_without_a_broker(
 @pytest.mark.parametrize("outage", [down, paused])
 def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
     email, before = fresh_email(), processes(system)
+    wait_until(lambda: waiting_in(servers.rabbitmq.url) == 0)     # jobs of other tests
 
     with outage(servers.mail_server):
         accepted = timed(lambda: register(system, email))

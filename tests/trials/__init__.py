@@ -1,11 +1,10 @@
 """Trials of the whole system: how fast it is, and what it keeps while things break.
 
-    make bench       bench.py, ten minutes: how fast
-    make clock       clock.py, two minutes: does the time of an answer tell anything?
-    make chaos       chaos.py, ten minutes: servers and processes killed, paused, cut
-    make failover    failover.py, four minutes: a cluster of brokers, a standby database
+    make bench    bench.py, ten minutes: how fast; bench.lua has its callers
+    make clock    clock.py, three minutes: does the time of an answer tell anything?
+    make chaos    chaos.py, ten minutes: servers and processes killed, paused, cut
 
 Options follow: make chaos OPTIONS="--rounds 4 --seed 11"; OPTIONS=--short takes a minute
-or two, as CI does. The last two share load.py, the callers, and account.py, which
-compares every answer with what was kept. Read these two first.
+or two, as CI does. chaos.py has its callers from load.py, and account.py compares every
+answer with what was kept. Read these two first.
 """

@@ -7,13 +7,13 @@ import sys
 
 from servers.process import interrupt
 
-from trials import bench, chaos, clock, failover
+from trials import bench, chaos, clock
 
 
 def main():
     parser = argparse.ArgumentParser("trials")
     commands = parser.add_subparsers(required=True, metavar="TRIAL")
-    for trial in bench, clock, chaos, failover:
+    for trial in bench, clock, chaos:
         name = trial.__name__.rpartition(".")[2]
         title = trial.__doc__.partition("\n")[0]
         command = commands.add_parser(name, help=title, description=title)

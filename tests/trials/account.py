@@ -27,12 +27,9 @@ from steps.logs import events
 from trials.load import LIFETIME, PATIENCE, Fault
 
 
-def account(load, faults, database, apis, consumers):
-    """Prints the table and returns a line for each failure.
-
-    database: its URL; apis, consumers: the programs, whose logs are read.
-    """
-    users = select_users(database)
+def account(load, faults, system):
+    """Prints the table and returns a line for each failure; system: whole_system()."""
+    users = select_users(system.postgres.url)
     requests = sorted(load.requests, key=lambda request: request.began)
     by_email, verdicts = defaultdict(list), defaultdict(list)
     for request in requests:
@@ -44,9 +41,9 @@ def account(load, faults, database, apis, consumers):
     print_table(requests, verdicts, load, faults)
 
     unknown, outlived = verdicts["unknown"], verdicts["outlived"]
-    expired = jobs_that_were(consumers, "expired")
-    dropped = jobs_that_were(consumers, "refused", "unreadable")
-    missing, unnamed = missing_confirmations(load, apis)
+    expired = jobs_that_were(system.consumer, "expired")
+    dropped = jobs_that_were(system.consumer, "refused", "unreadable")
+    missing, unnamed = missing_confirmations(load, system.api)
     unsafe = [request for request in unknown
               if not repeat(load, request, users.get(request.email))]
     print(f"unknown: {sum(request.status is None for request in unknown)} without an "
@@ -54,7 +51,7 @@ def account(load, faults, database, apis, consumers):
           f"though COMMIT happened; all repeated now, in vain: {len(unsafe)}")
     print(f"outages outlasted {len(outlived)} codes; {len(expired)} jobs expired")
     print(f"{len(verdicts['unconfirmed'])} activations without a confirmation; the "
-          f"APIs' logs name {missing - len(unnamed)}")
+          f"API's log names {missing - len(unnamed)}")
 
     slow = [request for request in requests
             if request.status and request.seconds > PATIENCE]
@@ -62,31 +59,30 @@ def account(load, faults, database, apis, consumers):
         *verdicts.items(), ("slow", slow), ("repeated in vain", unsafe))
         if kind not in ("kept", "refused", "outlived", "unconfirmed", "unknown")
         for request in found]
-    failures += [f"a confirmation is missing, and no log says so: {job}"
+    failures += [f"a confirmation is missing, and the log does not say so: {job}"
                  for job in unnamed]
     failures += [f"dropped by a consumer: {job}" for job in dropped]
     if len(verdicts["unconfirmed"]) > missing:
-        failures.append("the APIs' logs do not have all activations")
+        failures.append("the API's log does not have all activations")
     if len(outlived) > len(expired):
         failures.append("more codes are outlived than jobs expired")
     return failures
 
 
-def jobs_that_were(consumers, *outcomes):
+def jobs_that_were(consumer, *outcomes):
     """Ids of the jobs with one of these outcomes."""
-    return {event["job"] for consumer in consumers
-            for event in events(consumer.log, event="job")
+    return {event["job"] for event in events(consumer.log, event="job")
             if event["outcome"] in outcomes}
 
 
-def missing_confirmations(load, apis):
-    """(how many were not mailed, the ids of those jobs that no log names).
+def missing_confirmations(load, api):
+    """(how many were not mailed, the ids of those jobs that the API's log hides).
 
     An activation without a connection to RabbitMQ has no job: its line says job=-.
     """
-    activated = [event["job"] for api in apis for event in events(
+    activated = [event["job"] for event in events(
                  api.log, event="request", route="/users/activate", status="200")]
-    named = {event["job"] for api in apis for event in events(api.log, event="outage")}
+    named = {event["job"] for event in events(api.log, event="outage")}
     mailed = {mail.id.strip("<>").partition("@")[0]
               for mails in load.mails.values() for mail in mails}
     missing = [job for job in activated if job not in mailed]

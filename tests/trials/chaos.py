@@ -132,7 +132,7 @@ def main(options):
     done, failures, chance = [], [], random.Random(options.seed)
     with whole_system(Sink, CODE_LIFETIME=str(load.LIFETIME), TRUSTED_PROXIES="1",
                       WEB_CONCURRENCY=None) as system:      # workers as in production
-        callers = load.Load([system.api], system.mail_server, options.seed, rate=3.5)
+        callers = load.Load(system.api, system.mail_server, options.seed, rate=3.5)
         system.callers, system.processes = callers, processes(system)
         callers.start()
         try:
@@ -145,8 +145,7 @@ def main(options):
         finally:
             callers.finish()
         wait_until(lambda: not jobs_in(system.rabbitmq))
-        return failures + account(callers, done, system.postgres.url, [system.api],
-                                  [system.consumer])
+        return failures + account(callers, done, system)
 
 
 def one_round(system, options, chance):

@@ -1,4 +1,4 @@
-"""Steady load on the whole system, while chaos.py or failover.py harms it.
+"""Steady load on the whole system, while chaos.py harms it.
 
 Load is the callers: they note each request and its answer, and what was mailed to them.
 Fault notes what was done and when. account.py draws the balance.
@@ -57,8 +57,8 @@ class Load:
     Each sends X-Forwarded-For with an address of its own, as a proxy would.
     """
 
-    def __init__(self, services, sink, seed, rate):
-        self.services, self.sink, self.rate = services, sink, rate
+    def __init__(self, service, sink, seed, rate):
+        self.service, self.sink, self.rate = service, sink, rate
         self.random = random.Random(seed)
         self.requests = []                  # a list takes append() from any thread
         self.mails = defaultdict(list)      # of an address, in the order of arrival
@@ -150,18 +150,17 @@ class Load:
         return request if request.status in (200, 202, 409) else None
 
     def register(self, email, password):
-        return self.ask("register", email, password, None, lambda service:
-                        steps.register(service, email, password, **client_of(email)))
+        return self.ask("register", email, password, None, lambda: steps.register(
+            self.service, email, password, **client_of(email)))
 
     def activate(self, email, password, code):
-        return self.ask("activate", email, password, code, lambda service:
-                        steps.activate(service, email, code, password,
-                                       **client_of(email)))
+        return self.ask("activate", email, password, code, lambda: steps.activate(
+            self.service, email, code, password, **client_of(email)))
 
     def ask(self, action, email, password, code, send):
         began, status = time.time(), None
         with suppress(OSError, http.client.HTTPException):
-            status = send(self.random.choice(self.services)).status
+            status = send().status
         request = Request(action, email, password, code, began, time.time(), status)
         self.requests.append(request)
         return request

@@ -313,7 +313,7 @@ def mails(system, options):
                 "issued_at": time.time(), "expires_at": time.time() + 900})
         here.consumer.start()
         wait_until(lambda email=email: len(system.smtp.mails_to(email)) == count, 120)
-        instants = system.smtp.tried_at[email]
+        instants = system.smtp.tries[email]
         found.append((count - 1) / (instants[-1] - instants[0]))
     row("mails of one consumer / registrations", found, "/s", registered, least=4)
 

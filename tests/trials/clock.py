@@ -5,7 +5,7 @@
 
 Asks about unknown, waiting and active addresses in random order, and prints for each two
 kinds the share of pairs of answers in which the second was slower, Mann-Whitney's U / nm:
-0.5 tells nothing. Fails if chance alone would give the share in one run of 10,000.
+0.5 tells nothing. Fails if a share is over four standard deviations of chance away.
 """
 
 import bisect

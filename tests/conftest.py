@@ -190,9 +190,8 @@ def job(queue):
 @pytest.fixture
 def smtp():
     """A mail server that answers what the test tells it."""
-    server = SmtpServer(free_port())
-    yield server
-    server.close()
+    with SmtpServer(free_port()) as smtp:
+        yield smtp
 
 
 @pytest.fixture(scope="session")
@@ -226,13 +225,12 @@ def start_consumer(settings, tmp_path):
 
 @pytest.fixture(scope="session")
 def mailer_of_session(servers, settings, brokers):
-    smtp, broker = SmtpServer(free_port()), brokers["mailer"]
-    settings = settings | {"BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}
-    with Consumer(servers.folder / "mailer", settings) as consumer:
+    broker = brokers["mailer"]
+    with SmtpServer(free_port()) as smtp, Consumer(servers.folder / "mailer", settings | {
+            "BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}) as consumer:
         wait_until(lambda: consumers_of(broker))
         consumer.broker, consumer.smtp = broker, smtp
         yield consumer
-    smtp.close()
 
 
 @pytest.fixture

@@ -185,32 +185,24 @@ def test_it_drops_what_the_mail_server_refuses_for_good(mailer, job, verb):
     assert outcomes(mailer, message_id) == ["refused"]
 
 
-UNREADABLE = [b"", b"{", b'{"email": "\xff"}', b"null", b"[]", b"[" * 100_000]
+NO_JOBS = [b"", b"{", b'{"email": "\xff"}', b"null", b"[]", b"[" * 100_000]
 NO_ADDRESSES = [None, 7, "", "ann@example.com, bob@example.com", "ann\0@example.com",
                 "ann@example.com\r\nBcc: eve@example.com", "\ud800@example.com"]
+FORMS = [{"application_headers": {"compression": "application/x-gzip"}},
+         {"application_headers": {"compression": "unheard of"}},
+         {"content_type": "text/plain"}]     # nobody wrote a job like that
 
 
-def test_it_drops_what_is_no_job_or_makes_no_mail(mailer, job):
+def test_it_drops_what_is_no_job_or_makes_no_mail_and_unpickles_nothing(mailer, job):
     incomplete = [{name: job[name] for name in job if name != key} for key in job]
     changes = [{"template": "other"}, {"template": ["code"]}, {"issued_at": "now"},
                {"expires_at": "soon"}, *[{"email": each} for each in NO_ADDRESSES]]
     changed = [job | change for change in changes]
 
-    ids = [put(mailer.broker, each) for each in [*UNREADABLE, *incomplete, *changed]]
-
-    assert next_mail_arrives(mailer, job)
-    assert [outcomes(mailer, each) for each in ids] == [["unreadable"]] * len(ids)
-
-
-def test_it_drops_a_job_in_a_form_that_nobody_wrote_and_unpickles_nothing(mailer, job):
-    forms = [
-        (job, {"application_headers": {"compression": "application/x-gzip"}}),
-        (job, {"application_headers": {"compression": "unheard of"}}),
-        (job, {"content_type": "text/plain"}),
-        (pickle.dumps(job), {"content_encoding": "binary",
-                             "content_type": "application/x-python-serialize"})]
-
-    ids = [put(mailer.broker, body, **properties) for body, properties in forms]
+    ids = [*[put(mailer.broker, each) for each in [*NO_JOBS, *incomplete, *changed]],
+           *[put(mailer.broker, job, **form) for form in FORMS],
+           put(mailer.broker, pickle.dumps(job), content_encoding="binary",
+               content_type="application/x-python-serialize")]
 
     assert next_mail_arrives(mailer, job)
     assert [outcomes(mailer, each) for each in ids] == [["unreadable"]] * len(ids)
@@ -319,13 +311,12 @@ def secure_smtp(certificate):
     """A mail server that wants a login and encryption, and a consumer's settings."""
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate)
-    smtp = SmtpServer(free_port(), tls, login=("ann", "secret"))
-    smtp.settings = {
-        "SMTP_HOST": "localhost", "SMTP_PORT": str(smtp.port),
-        "SMTP_TLS": "starttls", "SMTP_USERNAME": "ann",
-        "SMTP_PASSWORD": "secret", "SSL_CERT_FILE": str(certificate[0])}
-    yield smtp
-    smtp.close()
+    with SmtpServer(free_port(), tls, login=("ann", "secret")) as smtp:
+        smtp.settings = {
+            "SMTP_HOST": "localhost", "SMTP_PORT": str(smtp.port),
+            "SMTP_TLS": "starttls", "SMTP_USERNAME": "ann",
+            "SMTP_PASSWORD": "secret", "SSL_CERT_FILE": str(certificate[0])}
+        yield smtp
 
 
 @pytest.mark.parametrize("mode", ["starttls", "tls"])

@@ -1,6 +1,7 @@
-"""Development and production, as a new user starts them from a fresh clone.
+"""Development and production, as a new user starts them: `make compose`.
 
-Each has a project name and ports of its own, so that nothing of yours is touched.
+With a real Docker, so apart from the other tests. Each has a project name and ports of
+its own: nothing of yours is touched.
 """
 
 import json

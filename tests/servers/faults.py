@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -32,39 +33,40 @@ from servers.process import free_port
 
 
 @contextmanager
+def fault(begin, end):
+    """Begins it before the block, and ends it after that, whatever happens there."""
+    begin()
+    try:
+        yield
+    finally:
+        end()
+
+
 def down(server):
-    server.stop()
-    try:
-        yield
-    finally:
-        server.start()
+    return fault(server.stop, server.start)
 
 
-@contextmanager
 def killed(server):
-    server.kill()
-    try:
-        yield
-    finally:
-        server.start()
+    return fault(server.kill, server.start)
 
 
-@contextmanager
 def paused(server):
-    server.pause()
-    try:
-        yield
-    finally:
-        server.resume()
+    return fault(server.pause, server.resume)
 
 
-@contextmanager
 def alarmed(rabbitmq):
-    rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
-    try:
-        yield
-    finally:
-        rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+    watermark = partial(rabbitmq.ctl, "set_vm_memory_high_watermark")
+    return fault(partial(watermark, "0.00001"), partial(watermark, "0.4"))
+
+
+def full(rabbitmq, jobs=1):
+    """The mail queue takes so many jobs, and what comes before the broker notices.
+
+    A policy lowers the limit that the queue was declared with: the lower one counts.
+    """
+    policy = "^registration.mail$", json.dumps({"max-length": jobs})
+    return fault(partial(rabbitmq.ctl, "set_policy", "full", *policy),
+                 partial(rabbitmq.ctl, "clear_policy", "full"))
 
 
 @contextmanager
@@ -110,20 +112,6 @@ def table_locked(postgres, table):
 def statements_waiting(postgres):
     """How many statements wait for a lock."""
     return int(postgres.psql("SELECT count(*) FROM pg_locks WHERE NOT granted"))
-
-
-@contextmanager
-def full(rabbitmq, jobs=1):
-    """The mail queue takes so many jobs, and what comes before the broker notices.
-
-    A policy lowers the limit that the queue was declared with: the lower one counts.
-    """
-    limit = json.dumps({"max-length": jobs})
-    rabbitmq.ctl("set_policy", "full", "^registration.mail$", limit)
-    try:
-        yield
-    finally:
-        rabbitmq.ctl("clear_policy", "full")
 
 
 def cut_sessions(postgres):

@@ -1,8 +1,7 @@
 """A mail server that can be killed: a process of its own, whose record outlives it.
 
-trials/ use it. The record is a file with a line of JSON for each
-mail: when it arrived, to whom, its subject and Message-ID, its code and when that was
-issued.
+The record is a file with a line of JSON for each mail: when it arrived, to whom, its
+subject and Message-ID, its code and when that was issued. trials/ use it.
 """
 
 import calendar

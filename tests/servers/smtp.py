@@ -46,13 +46,13 @@ class SmtpServer(socketserver.ThreadingTCPServer):
     def mails_to(self, address):
         return [mail for mail in self.mails if mail.recipients == [address]]
 
-    def close(self):
+    def __exit__(self, *error):
         """Ends as a crash would: no more connections, and the open ones are cut."""
         self.shutdown()
         self.server_close()
-        for connection in list(self.sessions):
+        for session in list(self.sessions):
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                session.request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address):
         """A client that hangs up is nothing to talk about."""
@@ -62,7 +62,7 @@ class Session(socketserver.BaseRequestHandler):
     """One client: just enough of RFC 5321, 3207 and 4954."""
 
     def handle(self):
-        self.server.sessions.add(self.request)
+        self.server.sessions.add(self)
         self.encrypted, self.user, self.errors = False, None, 0
         self.sender, self.recipients = None, []     # of the transaction under way
         if self.server.implicit_tls:
@@ -76,7 +76,7 @@ class Session(socketserver.BaseRequestHandler):
             getattr(self, verb.lower())(rest)
 
     def finish(self):
-        self.server.sessions.discard(self.request)
+        self.server.sessions.discard(self)
 
     def say(self, reply):
         self.errors += reply[0] in "45"

@@ -43,7 +43,7 @@ from servers.system import (
     settings_for,
     temporary_folder,
 )
-from steps import PASSWORD, jobs, wait_until
+from steps import PASSWORD, wait_until
 from steps.logs import events
 
 from trials.load import say
@@ -57,8 +57,7 @@ CALLERS, CROWD = 8, 100
 @contextmanager
 def system(against):
     """All that runs from beginning to end. Its .versions are the program, and the
-    other version if there is one. The mail server is in this process: Sink is slower
-    than a consumer."""
+    other version if there is one. Sink would be slower than a consumer."""
     install_missing("PostgreSQL", "RabbitMQ", "wrk")
     homes = {"here": HERE}
     if against:
@@ -81,7 +80,7 @@ def system(against):
                 name=name, api=api, consumer=consumer, processes={
                     "API": api, "PostgreSQL": postgres, "RabbitMQ": rabbitmq,
                     "consumer": consumer}))
-        yield SimpleNamespace(postgres=postgres, smtp=smtp, versions=versions)
+        yield SimpleNamespace(postgres=postgres, versions=versions)
 
 
 def new_database(postgres, name, home):
@@ -300,24 +299,6 @@ def registrations(system, options):
             "ms", found[process, "other"])
 
 
-def mails(system, options):
-    """A consumer with a full queue, and registrations, in turn."""
-    here, count, found, registered = system.versions[0], 250 * options.seconds, [], []
-    for number in range(1 if options.short else 5):
-        registered.append(ask(here, "register", options.seconds).rate)
-        here.consumer.stop()
-        email = f"round{number}@example.com"
-        for _ in range(count):
-            jobs.put(here.consumer.env["BROKER_URL"], {
-                "template": "code", "email": email, "code": CODE,
-                "issued_at": time.time(), "expires_at": time.time() + 900})
-        here.consumer.start()
-        wait_until(lambda email=email: len(system.smtp.mails_to(email)) == count, 120)
-        instants = system.smtp.tries[email]
-        found.append((count - 1) / (instants[-1] - instants[0]))
-    row("mails of one consumer / registrations", found, "/s", registered, least=4)
-
-
 def accounts(system, options):
     """Requests one at a time, with a big table and with an empty one; and tidy()."""
     here, found, versions = system.versions[0], defaultdict(list), {}
@@ -364,7 +345,7 @@ LEFT = """
          + (SELECT count(*) FROM limits WHERE expires_at < now())
 """
 
-PARTS = {part.__name__: part for part in (memory, registrations, mails, accounts)}
+PARTS = {part.__name__: part for part in (memory, registrations, accounts)}
 
 
 def add_options(parser):

@@ -237,16 +237,24 @@ def taken(port):
         return True
 
 
-given = set()    # ports that were given to somebody already
+blocks, ports = [], []    # those that are ours: see free_port()
 
 
 def free_port():
-    """A port below the ephemeral ones: of those, a client's connection could be given
-    a server's port while that is down, and keep it from coming back."""
-    while (port := random.randrange(20000, 32000)) in given or taken(port):
-        pass
-    given.add(port)
-    return port
+    """A port that nobody else is given, in any process that asks here: who binds the
+    first port of a hundred has the others.
+
+    They are below the ephemeral ones: of those, a client's connection could be given a
+    server's port while that is down, and keep it from coming back.
+    """
+    while not ports:
+        first, block = random.randrange(20000, 32000, 100), socket.socket()
+        with suppress(OSError):
+            block.bind(("127.0.0.1", first))
+            ports.extend(range(first + 1, first + 100))
+            blocks.append(block)
+    port = ports.pop()
+    return free_port() if taken(port) else port
 
 
 def says(port, greeting=b"", address="127.0.0.1"):

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from servers.faults import (
     alarmed,
@@ -36,13 +36,6 @@ from trials.account import account
 
 
 @contextmanager
-def at_once(action, argument):
-    """A fault that is over as soon as it is done."""
-    action(argument)
-    yield
-
-
-@contextmanager
 def queue_full(rabbitmq, consumer):
     """A consumer would make room in it, so there is none."""
     with full(rabbitmq, jobs=3), killed(consumer):
@@ -59,15 +52,15 @@ def faults(system):
     api, consumer, longer = system.api, system.consumer, load.LIFETIME + 4
     return [
         ("consumer killed", False, lambda: killed(consumer), 0.2, 4),
-        ("gunicorn worker killed", False, lambda: at_once(kill_worker, api), 0, 0),
+        ("gunicorn worker killed", False, lambda: nullcontext(kill_worker(api)), 0, 0),
         ("PostgreSQL killed", True, lambda: killed(postgres), 0.2, 4),
         ("RabbitMQ killed", False, lambda: killed(rabbitmq), 0.2, 2),
         ("mail server killed", False, lambda: killed(mail), 0.5, 6),
         ("mail server killed, for long", False, lambda: killed(mail), longer, longer),
         ("PostgreSQL's sessions cut", True,
-         lambda: at_once(cut_sessions, postgres), 0, 0),
+         lambda: nullcontext(cut_sessions(postgres)), 0, 0),
         ("RabbitMQ's connections cut", False,
-         lambda: at_once(cut_connections, rabbitmq), 0, 0),
+         lambda: nullcontext(cut_connections(rabbitmq)), 0, 0),
         ("PostgreSQL's connections used up", True, lambda: crowded(postgres), 1, 4),
         ("PostgreSQL read-only", True, lambda: read_only(postgres), 1, 4),
         ("PostgreSQL paused", True, lambda: paused(postgres), 1, 6),

@@ -170,15 +170,13 @@ class Load:
         return next((mail for mail in self.mails[request.email] if mail.code
                      and int(request.began) <= mail.issued <= request.ended), None)
 
-    def successes(self, action, since=0):
-        first = bisect_left(self.requests, since, key=lambda request: request.ended)
-        return [request for request in self.requests[first:] if request.action == action
-                and request.began >= since and request.status in (200, 202)]
-
     def works_since(self, instant):
         """When it had registered after it, and when all had worked; None: not yet."""
+        first = bisect_left(self.requests, instant, key=lambda request: request.ended)
+        good = [request for request in self.requests[first:]
+                if request.began >= instant and request.status in (200, 202)]
         registered, activated = (
-            min((request.ended for request in self.successes(action, instant)),
+            min((request.ended for request in good if request.action == action),
                 default=None) for action in ("register", "activate"))
         first = bisect_left(self.codes, instant, key=lambda mail: mail.arrived)
         mailed = next((mail.arrived for mail in self.codes[first:]

@@ -31,6 +31,7 @@ from servers.faults import (
 from servers.process import tree
 from servers.program import Gunicorn
 from steps import (
+    accepted,
     activate,
     at_once,
     code_mailed_to,
@@ -168,9 +169,9 @@ def test_it_loses_no_mail_when_its_queue_was_deleted(start_service, broker):
     delete_queues(broker)
 
     refused = register(api, email)
-    accepted = register(api, email)
+    accepted(api, email)
 
-    assert [refused.status, accepted.status] == [503, 202]
+    assert refused.status == 503
     assert take_job(broker)["email"] == email
 
 
@@ -253,10 +254,10 @@ def test_it_waits_for_commit_as_long_as_for_all_before_it_once_the_job_is_confir
 
     with at_commit(servers, "PERFORM pg_sleep(1.2)", email):
         way.seconds = 1
-        accepted = timed(lambda: register(relayed, email))
+        answer = accepted(relayed, email)
         way.seconds = 0
 
-    assert accepted.status == 202 and accepted.seconds < 5
+    assert answer.seconds < 5
     assert heals(relayed, email, code_mailed_to(relayed, email))
 
 
@@ -294,12 +295,11 @@ def test_it_registers_and_mails_confirmations_over_a_slow_broker(relayed):
     time.sleep(1)   # if that took long, the worker refuses for a second
     way.answers, way.seconds = None, 0.4     # two seconds until it is there
 
-    accepted = timed(lambda: register(relayed, fresh_email()))
-    answers = [activate(relayed, *pair).status for pair in pairs]
+    answer = accepted(relayed, fresh_email())
 
-    assert accepted.status == 202 and accepted.seconds < 5
-    assert answers == [200, 200]
-    for email, _ in pairs:
+    assert answer.seconds < 5
+    for email, code in pairs:
+        assert activate(relayed, email, code).status == 200
         assert mailed_to(relayed, email, 2)["subject"] == CONFIRMED
 
 
@@ -393,14 +393,13 @@ def test_it_loses_nothing_by_power_cuts_and_activates_without_a_broker(
     wait_until(lambda: time.monotonic() > system.since + 3)
 
     with paused(system.consumer):
-        accepted = register(system, email)
+        accepted(system, email)
         with killed(servers.rabbitmq):
             refused = timed(lambda: register(system, new))
             activated = timed(lambda: activate(system, first, code))
         with killed(servers.postgres):
             pass
 
-    assert accepted.status == 202
     assert refused_in_time(refused)
     assert activated.status == 200 and activated.seconds < 5
     assert heals(system, email, code_mailed_to(system, email))
@@ -414,9 +413,9 @@ def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
     wait_until(lambda: waiting_in(servers.rabbitmq.url) == 0)     # jobs of other tests
 
     with outage(servers.mail_server):
-        accepted = timed(lambda: register(system, email))
+        answer = accepted(system, email)
         wait_until(lambda: waiting_in(servers.rabbitmq.url) == 0)
 
-    assert accepted.status == 202 and accepted.seconds < 5
+    assert answer.seconds < 5
     assert activate(system, email, code_mailed_to(system, email)).status == 200
     assert processes(system) == before

@@ -164,7 +164,7 @@ def accepted(service, email, **headers):
     """Registers an address; the 202. Like a client, it asks again after a 503: others on
     this machine may have slowed a server down."""
     def ask():
-        answer = register(service, email, **headers)
+        answer = timed(lambda: register(service, email, **headers))
         assert answer.status in (202, 503)
         return answer if answer.status == 202 else None
 

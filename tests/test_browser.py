@@ -19,8 +19,7 @@ def browser():
         browser = playwright.chromium.launch(executable_path=find("chromium"), args=[
             "--no-sandbox",                    # root has none
             "--proxy-server=127.0.0.1:1",      # no way out; loopback needs no proxy
-            "--disable-gpu", "--disable-quic", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--no-first-run"])
+            "--disable-gpu", "--disable-quic", "--disable-background-networking"])
         yield browser
         browser.close()
 

@@ -1,7 +1,8 @@
 """In time, however many callers wait: crowds before a slow server, and overload.
 
-Every answer comes within 5 seconds, with 65 callers who never pause and 5 workers.
-Afterwards, all is well within 10 seconds.
+With 65 callers who never pause and 5 workers, every answer comes within 5 seconds
+(docs/measured.md). Here it may take 10: other work may slow this machine down. Without
+the rule that is tested, it would take 26. Afterwards, all is well within 10 seconds.
 """
 
 import time
@@ -29,6 +30,7 @@ from steps import (
 
 
 WORKERS = "5"     # of the API with relays
+LONGEST = 10      # seconds that an answer may take
 
 
 def crowd(api, seconds=3.5):
@@ -56,8 +58,9 @@ def test_it_refuses_a_crowd_in_time_while_a_server_is_away(servers, relayed, out
         answers = crowd(relayed)
 
     # 200 is a health check, which some of these outages do not touch.
-    assert all(refused_in_time(answer) for answer in answers if answer.status != 200)
-    assert all(answer.seconds < 5 for answer in answers)
+    assert all(refused_in_time(answer, LONGEST)
+               for answer in answers if answer.status != 200)
+    assert max(answer.seconds for answer in answers) < LONGEST
     wait_until_at_rest(relayed, seconds=10)
     assert register(relayed, fresh_email()).status == 202
 
@@ -72,7 +75,7 @@ def test_it_answers_a_crowd_in_time_while_each_answer_of_a_server_is_late(
     relayed.ways[server].seconds = 0
 
     assert statuses <= {answer.status for answer in answers} <= {200, 202, 503}
-    assert all(answer.seconds < 5 for answer in answers)
+    assert max(answer.seconds for answer in answers) < LONGEST
     wait_until_at_rest(relayed, seconds=10)
     assert register(relayed, fresh_email()).status == 202
 

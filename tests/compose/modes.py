@@ -1,7 +1,6 @@
 """Development and production, as a new user starts them: `make compose`.
 
-With a real Docker, so apart from the other tests. Each has a project name and ports of
-its own: nothing of yours is touched.
+Each has a project name and ports of its own, so that nothing of yours is touched.
 """
 
 import json

@@ -12,9 +12,8 @@
     with paused(servers.rabbitmq):
         ...
 
-Each fault is real. It begins before the block and is over after it. The tests and
-trials/ use the same ones. way_to() puts a relay before a server, which can be slow, hold
-something back or break off.
+Each fault is real. It begins before the block and is over after it. way_to() puts a
+relay before a server, which can be slow, hold something back or break off.
 """
 
 import json

@@ -109,10 +109,10 @@ def timed(call):
     return answer
 
 
-def refused_in_time(answer):
-    """Whether it is the 503 of an outage, with Retry-After, within 5 seconds."""
+def refused_in_time(answer, seconds=5):
+    """Whether it is the 503 of an outage, with Retry-After, within so many seconds."""
     return (problem_in(answer) == 503 and int(answer.headers["Retry-After"]) > 0
-            and answer.seconds < 5)
+            and answer.seconds < seconds)
 
 
 def at_once(*calls):

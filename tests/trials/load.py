@@ -9,13 +9,13 @@ import http.client
 import itertools
 import json
 import random
-import secrets
 import threading
 import time
 from bisect import bisect_left
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from secrets import token_hex
 from types import SimpleNamespace
 
 import steps
@@ -115,10 +115,10 @@ class Load:
         chance, email = self.random.random, steps.fresh_email()
         if chance() < 0.03:
             return self.register(email, "short")        # 422
-        registration = yield from self.insist(self.register, email, new_password())
+        registration = yield from self.insist(self.register, email, token_hex(8))
         if registration and chance() < 0.05:            # the older pair is dead now
             yield 2
-            registration = yield from self.insist(self.register, email, new_password())
+            registration = yield from self.insist(self.register, email, token_hex(8))
         if not registration:
             return
         while not (mail := self.mail_of(registration)):
@@ -131,12 +131,12 @@ class Load:
         if chance() < 0.05:
             self.activate(email, password, steps.wrong(code))    # 403
         if chance() < 0.05:
-            self.activate(email, new_password(), code)           # 403
+            self.activate(email, token_hex(8), code)           # 403
         if (yield from self.insist(self.activate, email, password, code)):
             if chance() < 0.05:
                 self.activate(email, password, code)             # 409
             if chance() < 0.05:
-                self.register(email, new_password())             # 202, and a notice
+                self.register(email, token_hex(8))             # 202, and a notice
 
     def insist(self, act, *arguments):
         """Repeats what got 503 or no answer, or gives up.
@@ -188,10 +188,6 @@ class Load:
 def client_of(email):
     """The header of a caller's own network."""
     return {"X-Forwarded-For": f"2001:db8:{email[:4]}:{email[4:8]}::1"}
-
-
-def new_password():
-    return secrets.token_hex(8)
 
 
 # -- Faults ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import time
 
 import psycopg2
+from kombu.exceptions import KombuError
 
 import service
 
@@ -28,13 +29,18 @@ gc.freeze()
 
 
 def post_worker_init(worker):
-    """Connect a worker to PostgreSQL, so that the log shows at once if it cannot."""
+    """Connect a worker to both servers before its first request, which would have to
+    wait; and the log shows at once if it cannot."""
     with service.app.app_context():
         service.begin()
         try:
             service.open_database()
+            service.open_broker()
         except psycopg2.Error as error:
             service.log_outage("database", error)
+        except KombuError as error:
+            service.log_outage("broker", error)
+    service.slow_until.update(database=0, broker=0)   # the first request shall try
 
 
 class Logfmt(logging.Formatter):

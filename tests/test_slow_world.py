@@ -28,7 +28,6 @@ from steps import (
 
 # -- Crowds ----------------------------------------------------------------------------
 
-
 WORKERS = "5"     # of the API with relays
 LONGEST = 10      # seconds that an answer may take
 

@@ -148,8 +148,7 @@ def test_it_stops_while_the_broker_is_away(servers, broker, start_consumer, outa
     ("broker", "Connection refused", {"BROKER_URL": "amqp://guest:guest@127.0.0.1:1//"})])
 def test_two_workers_for_each_core_and_one_more_say_at_once_if_they_cannot_connect(
         servers, settings, tmp_path, server, reason, changes):
-    expected = min(2 * os.cpu_count() + 1, 40)
-    api = Gunicorn(tmp_path, settings | changes)
+    expected, api = min(2 * os.cpu_count() + 1, 40), Gunicorn(tmp_path, settings | changes)
     del api.env["WEB_CONCURRENCY"]
 
     with crowded(servers.postgres) if server == "postgres" else contextlib.nullcontext():

@@ -226,8 +226,8 @@ def start_consumer(settings, tmp_path):
 @pytest.fixture(scope="session")
 def mailer_of_session(servers, settings, brokers):
     broker = brokers["mailer"]
-    with SmtpServer(free_port()) as smtp, Consumer(servers.folder / "mailer", settings | {
-            "BROKER_URL": broker, "SMTP_PORT": str(smtp.port)}) as consumer:
+    with SmtpServer(free_port()) as smtp, Consumer(servers.folder / "mailer", dict(
+            settings, BROKER_URL=broker, SMTP_PORT=str(smtp.port))) as consumer:
         wait_until(lambda: consumers_of(broker))
         consumer.broker, consumer.smtp = broker, smtp
         yield consumer

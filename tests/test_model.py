@@ -202,8 +202,8 @@ class Story:
     # -- What they need
 
     def ask(self, call):
-        """A request: its status, and the id of its job from the API's log. Like a client,
-        it asks again after a 503: a busy machine may have slowed a server down."""
+        """A request: its status, and the id of its job from the API's log. Like any
+        client, it repeats a 503: a busy machine may have slowed a server down."""
         def answer():
             status = call().status
             line = wait_until(lambda: next(self.system.requests))

@@ -169,8 +169,7 @@ def way_to(url):
 
 
 def saying(*texts):
-    """Holds what the API says with the last of these texts, once it has said the others,
-    in their order."""
+    """Holds the last of these texts that the API says, once it has said the others."""
     left = list(texts)
 
     def is_held(data, is_answer):

@@ -161,8 +161,8 @@ def wrong(code):
 
 
 def accepted(service, email, **headers):
-    """Registers an address; the 202. Like a client, it asks again after a 503: others on
-    this machine may have slowed a server down."""
+    """Registers an address; the 202. Like a client, it asks again after a 503: others
+    on this machine may have slowed a server down."""
     def ask():
         answer = timed(lambda: register(service, email, **headers))
         assert answer.status in (202, 503)

@@ -108,9 +108,9 @@ def processes(system):
 
 
 def jobs_in(rabbitmq):
-    """How many jobs there are still, with those that it has given to a lost consumer."""
-    queues = json.loads(rabbitmq.ctl("list_queues", "--formatter", "json", "messages"))
-    return sum(queue["messages"] for queue in queues)
+    """How many jobs are left, with those that it has given to a lost consumer."""
+    listing = rabbitmq.ctl("list_queues", "--formatter", "json", "messages")
+    return sum(queue["messages"] for queue in json.loads(listing))
 
 
 def add_options(parser):

@@ -3,9 +3,9 @@
     make clock                              about three minutes
     make clock OPTIONS="--answers 800"      longer, and more exact
 
-Asks about unknown, waiting and active addresses in random order, and prints for each two
-kinds the share of pairs of answers in which the second was slower, Mann-Whitney's U / nm:
-0.5 tells nothing. Fails if a share is over four standard deviations of chance away.
+Asks about unknown, waiting and active addresses in random order, and prints for each
+two kinds the share of pairs of answers in which the second was slower (Mann-Whitney's
+U / nm). 0.5 tells nothing; fails if one is over four standard deviations from it.
 """
 
 import bisect
@@ -69,13 +69,13 @@ def share_slower(ones, others):
 
 
 def report(seconds, answers):
-    """Prints a line for each two kinds; gives a line for each that can be told apart."""
+    """Prints a line for each two kinds; gives one for each that can be told apart."""
     failures, chance = [], SIGMAS / math.sqrt(6 * answers)
     for endpoint in "register", "activate":
         for one, other in itertools.combinations(KINDS, 2):
             pair = seconds[endpoint, one], seconds[endpoint, other]
             share = share_slower(*pair)
-            medians = ", ".join(f"{1000 * statistics.median(each):.1f}" for each in pair)
+            medians = ", ".join(f"{1e3 * statistics.median(each):.1f}" for each in pair)
             line = f"{endpoint}  {one:>7}, {other:7}  {share:.2f}  ({medians} ms)"
             print(line, flush=True)
             if abs(share - 0.5) > chance:

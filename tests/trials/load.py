@@ -180,7 +180,7 @@ class Load:
                 default=None) for action in ("register", "activate"))
         first = bisect_left(self.codes, instant, key=lambda mail: mail.arrived)
         mailed = next((mail.arrived for mail in self.codes[first:]
-                       if mail.issued > instant), None)     # whole seconds, rounded down
+                       if mail.issued > instant), None)   # whole seconds, rounded down
         every = registered, activated, mailed
         return registered, None if None in every else max(every)
 

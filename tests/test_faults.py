@@ -77,7 +77,8 @@ def timed_at_once(*calls):
 
 
 def processes(system):
-    return tree(system.process.pid) + tree(system.consumer.process.pid)
+    """Their ids; gunicorn may still fork the last workers after its first answer."""
+    return {*tree(system.process.pid), *tree(system.consumer.process.pid)}
 
 
 def kept(servers, email):
@@ -126,7 +127,7 @@ def test_it_refuses_in_time_keeps_nothing_and_heals(servers, system, outage):
     assert all(server in answer.json["detail"] for answer in answers)
     assert heals(system, email, code)     # so ANOTHER has replaced nothing
     assert kept(servers, new) == 0
-    assert processes(system) == before
+    assert before <= processes(system)
 
 
 @pytest.mark.parametrize("outage", [paused, alarmed])
@@ -330,8 +331,7 @@ def test_it_logs_why_it_got_no_answer_and_not_what_failed_as_a_consequence(
 
 
 def kill_worker_during(call, api, server, holding, texts):
-    """Kills the worker when the way to the server holds something of a request. The
-    caller gets no answer."""
+    """Kills the worker in a request, which the way holds; the caller gets no answer."""
     answer = meanwhile(lambda: os.kill(workers_of(api)[0], signal.SIGKILL), call,
                        api.ways[server], holding, texts)
     assert isinstance(answer.exception(), OSError)
@@ -423,4 +423,4 @@ def test_it_mails_once_the_mail_server_is_back(servers, system, outage):
 
     assert answer.seconds < 5
     assert activate(system, email, code_mailed_to(system, email)).status == 200
-    assert processes(system) == before
+    assert before <= processes(system)

